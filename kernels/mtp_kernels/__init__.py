@@ -1,0 +1,1 @@
+"""GPU kernels with plain-MLX references. Knows nothing of models."""
