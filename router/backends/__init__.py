@@ -1,0 +1,1 @@
+"""Backends: one module per engine, all behind the protocol of `base`."""

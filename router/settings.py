@@ -1,0 +1,213 @@
+"""Settings: one TOML file, overridden by MTP_ROUTER_* environment variables. Unknown keys are refused.
+
+`MTP_ROUTER_SERVER__LISTEN=127.0.0.1:0` sets `[server] listen`; two underscores go one table down.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX = "MTP_ROUTER_"
+HOME_VARIABLE = "MTP_ROUTER_HOME"
+CONFIG_VARIABLE = "MTP_ROUTER_CONFIG"
+
+# Names travel in logs, health names and error metadata, so they are kept plain.
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+
+
+def data_home() -> Path:
+    """Folder of pulled models: $MTP_ROUTER_HOME, else the platform's place for application data."""
+    configured = os.environ.get(HOME_VARIABLE)
+    return Path(configured) if configured else Path(platformdirs.user_data_dir("mtp-router", appauthor=False))
+
+
+def default_config_path() -> Path:
+    """Settings file read where none is named: $MTP_ROUTER_CONFIG, else mtp-router.toml in the platform's config folder."""
+    configured = os.environ.get(CONFIG_VARIABLE)
+    if configured:
+        return Path(configured)
+    return Path(platformdirs.user_config_dir("mtp-router", appauthor=False)) / "mtp-router.toml"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Table):
+    """`[server]`: the gRPC server."""
+
+    listen: str = Field("127.0.0.1:50061", description="host:port; port 0 picks a free one")
+    allow_remote: bool = Field(
+        False, description="allow an address other than loopback; there is no encryption or authentication yet"
+    )
+    reflection: bool = Field(True, description="serve gRPC reflection")
+    admin: bool = Field(True, description="serve AdminService; off: its calls answer PERMISSION_DENIED")
+    max_request_bytes: int = Field(4 * 2**20, ge=1024, le=64 * 2**20, description="largest request message")
+    max_metadata_bytes: int = Field(16 * 2**10, ge=1024, le=2**20, description="largest request metadata")
+    max_concurrent_calls: int = Field(1000, ge=1, description="calls in flight before new ones are refused")
+    min_ping_interval: float = Field(10.0, ge=1.0, description="seconds between client keepalive pings that are allowed")
+    drain_grace: float = Field(30.0, ge=0.0, description="seconds that running calls get after SIGTERM")
+    default_deadline: float = Field(600.0, gt=0.0, description="seconds for a call that comes without a deadline")
+
+    @model_validator(mode="after")
+    def _loopback_unless_allowed(self) -> Self:
+        if self.listen.startswith("unix:"):
+            return self
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"listen must be host:port or unix:path, not {self.listen!r}")
+        if not self.allow_remote and not _is_loopback(host):
+            raise ValueError(
+                f"listen = {self.listen!r} is reachable from other hosts, without encryption or authentication; "
+                "set allow_remote = true to accept that"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+class SamplingSettings(_Table):
+    """`[sampling]` and `[models.NAME.sampling]`: what a request gets where it leaves a number unset."""
+
+    temperature: float | None = Field(None, ge=0.0, le=10.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=0, le=1_000_000)
+    min_p: float | None = Field(None, ge=0.0, lt=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0, le=10.0)
+    presence_penalty: float | None = Field(None, ge=-10.0, le=10.0)
+    frequency_penalty: float | None = Field(None, ge=-10.0, le=10.0)
+    max_output_tokens: int | None = Field(None, ge=1)
+
+
+class LlamaCppSettings(_Table):
+    """`[backends.NAME]` with kind "llama_cpp": llama.cpp in child processes, one per loaded model."""
+
+    kind: Literal["llama_cpp"] = "llama_cpp"
+    threads: int = Field(
+        default_factory=lambda: max(1, (os.cpu_count() or 2) // 2),
+        ge=1,
+        le=1024,
+        description="threads per child; more threads than idle cores make llama.cpp many times slower",
+    )
+    gpu_layers: int | None = Field(None, ge=0, description="layers kept on the GPU; unset: as many as fit")
+    batch_tokens: int = Field(512, ge=16, le=8192, description="prompt tokens per step; a cancel waits for one step")
+    parallel: int = Field(2, ge=1, le=64, description="requests that a child decodes at once")
+    max_queued: int = Field(64, ge=0, le=100_000, description="requests that may wait for a model")
+    load_timeout: float = Field(300.0, gt=0.0, description="seconds a model may take to load")
+    first_token_timeout: float = Field(300.0, gt=0.0, description="seconds without a sign of life before the first token")
+    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
+    restart_backoff: float = Field(0.5, gt=0.0, description="seconds before the first restart; doubles each time")
+    restart_backoff_max: float = Field(30.0, gt=0.0, description="longest time between restarts, seconds")
+
+
+class ModelSettings(_Table):
+    """`[models.NAME]`: one model to serve."""
+
+    path: Path = Field(description="GGUF file; relative paths start at the settings file, else at the data folder")
+    aliases: tuple[ModelName, ...] = ()
+    backend: BackendName | None = Field(None, description="backend to use; unset: chosen by what the files can do")
+    context_length: int | None = Field(None, ge=16, description="tokens of context; unset: the model's own, up to 8192")
+    speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
+    draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round by backends that fix it at start")
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__", toml_file=None
+    )
+
+    server: ServerSettings = ServerSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    backends: dict[BackendName, LlamaCppSettings] = Field(default_factory=lambda: {"llama_cpp": LlamaCppSettings()})
+    models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        names: dict[str, str] = {}
+        for model, entry in self.models.items():
+            for name in (model, *entry.aliases):
+                if name in names:
+                    raise ValueError(f"the name {name!r} stands for both {names[name]!r} and {model!r}")
+                names[name] = model
+            if entry.backend is not None and entry.backend not in self.backends:
+                known = ", ".join(sorted(self.backends))
+                raise ValueError(f"models.{model}.backend: no backend {entry.backend!r}; there are: {known}")
+        return self
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Reads the settings from `path` (default: `default_config_path()`, if it exists) and the environment.
+
+    Raises:
+        FileNotFoundError: `path`, or the file that $MTP_ROUTER_CONFIG names, does not exist.
+        pydantic.ValidationError, ValueError, tomllib.TOMLDecodeError: the settings are not valid.
+    """
+    named = path is not None or CONFIG_VARIABLE in os.environ
+    file = path or default_config_path()
+    if named and not file.is_file():
+        raise FileNotFoundError(f"no settings file {file}")
+    _refuse_unknown_variables(os.environ)
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": file if file.is_file() else None})
+
+    settings = FromFile()
+    base = file.parent if file.is_file() else data_home() / "models"
+    models = {name: _absolute(model, base) for name, model in settings.models.items()}
+    return settings.model_copy(update={"models": models})
+
+
+def _absolute(model: ModelSettings, base: Path) -> ModelSettings:
+    return model.model_copy(update={"path": base / model.path.expanduser()})
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A misspelt variable would otherwise be ignored, since pydantic-settings reads only names that it knows."""
+    tables = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in environment:
+        if not variable.startswith(ENV_PREFIX) or variable in (HOME_VARIABLE, CONFIG_VARIABLE):
+            continue
+        if variable.upper().split("__")[0] not in tables:
+            raise ValueError(f"unknown environment variable {variable}; tables are {', '.join(sorted(tables))}")
+
+
+def effective_settings(settings: Settings) -> dict[str, Any]:
+    """The settings in force as JSON-ready data, for `mtp-router config`."""
+    return settings.model_dump(mode="json", exclude_none=True)
