@@ -1,0 +1,268 @@
+"""What callers hand to the engine and what it hands back: frozen dataclasses, no MLX."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_mtp_backend.errors import EngineError, ErrorReason
+
+MAX_DEPTH = 16
+MAX_TOP_K = 1 << 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+class Rule(enum.StrEnum):
+    """How drafts are accepted; both leave the output law at p."""
+
+    COUPLING = "coupling"  # Gumbel-max coupling, arXiv 2408.07978; tokens depend on the seed alone
+    REJECTION = "rejection"  # speculative sampling, arXiv 2211.17192; accepts more, tokens depend on the drafts
+
+
+class Replay(enum.StrEnum):
+    """Whether the same call gives the same tokens again, at any depth and beside any neighbours."""
+
+    EXACT = "exact"
+    BEST_EFFORT = "best_effort"
+    NONE = "none"
+
+
+class FinishReason(enum.StrEnum):
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_LIMIT = "context_limit"
+    TIME_LIMIT = "time_limit"
+    SLOW_READER = "slow_reader"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+def _require(ok: bool, field_name: str, wants: str) -> None:
+    if not ok:
+        raise EngineError(ErrorReason.INVALID_PARAMS, f"{field_name} must be {wants}", field=field_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The sampler's parameters, applied as top-k, top-p, min-p, temperature; ties fall to the lowest id.
+
+    Attributes:
+        temperature: 0 is greedy; at most 100.
+        top_k: keep this many tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
+        min_p: drop tokens below this share of the likeliest one's probability; 0 keeps all.
+
+    Raises:
+        EngineError: INVALID_PARAMS, naming the field.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
+        _require(0 <= self.top_k <= MAX_TOP_K, "top_k", f"in [0, {MAX_TOP_K}]")
+        _require(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        _require(math.isfinite(self.min_p) and 0 <= self.min_p < 1, "min_p", "in [0, 1)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateParams:
+    """One request.
+
+    Attributes:
+        model: the name given at load.
+        prompt: token ids, at least one.
+        max_tokens: new tokens at most.
+        sampling: see Sampling.
+        seed: 0 <= seed < 2**64; None draws one, which Started reports.
+        depth: drafts per round; 0 decodes plainly, None takes the model's default.
+        stop_tokens: ids that end the reply (not emitted), besides the model's own end-of-sequence ids.
+        ignore_eos: do not stop at the model's own end-of-sequence ids.
+        stop_strings: texts that end the reply; neither they nor a beginning of them is emitted.
+        time_limit: seconds from submission; the tokens by then are the reply. None for no limit.
+
+    Raises:
+        EngineError: INVALID_PARAMS or PROMPT_EMPTY, naming the field.
+    """
+
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    depth: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    stop_strings: tuple[str, ...] = ()
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise EngineError(ErrorReason.PROMPT_EMPTY, "prompt has no tokens", field="prompt")
+        _require(self.max_tokens >= 1, "max_tokens", "at least 1")
+        _require(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "in [0, 2**64)")
+        _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        _require(len(self.stop_strings) <= MAX_STOPS, "stop_strings", f"at most {MAX_STOPS}")
+        lengths_ok = all(1 <= len(text) <= MAX_STOP_LENGTH for text in self.stop_strings)
+        _require(lengths_ok, "stop_strings", f"1 to {MAX_STOP_LENGTH} characters each")
+        limit = self.time_limit
+        _require(limit is None or (math.isfinite(limit) and limit > 0), "time_limit", "a positive number of seconds")
+
+
+class WiringPolicy(enum.StrEnum):
+    """What a failed wiring check does."""
+
+    OFF = "off"
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
+class Norm(enum.StrEnum):
+    """Which hidden feeds the head: after ("post") or before ("pre") the final norm."""
+
+    POST = "post"
+    PRE = "pre"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load one checkpoint.
+
+    Attributes:
+        head_path: where the head's tensors lie when not in the checkpoint itself: a file, or the folder of the
+            original checkpoint beside an MLX-quantised trunk.
+        depth: drafts per round where a request does not say.
+        unseeded_rule: the acceptance rule without a seed; None takes the one that accepts more in the wiring check.
+        wiring: what a failed wiring check does.
+        seed_norm, recycle_norm: which hidden seeds the head and which of its outputs it is fed again; None takes
+            the family's choice.
+        prefill_chunk: rows of one prefill pass; part of the numerics fingerprint.
+    """
+
+    head_path: Path | None = None
+    depth: int = 3
+    unseeded_rule: Rule | None = None
+    wiring: WiringPolicy = WiringPolicy.WARN
+    seed_norm: Norm | None = None
+    recycle_norm: Norm | None = None
+    prefill_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        _require(16 <= self.prefill_chunk <= 8192, "prefill_chunk", "in [16, 8192]")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engine runs.
+
+    Attributes:
+        device: "cpu", "gpu" or None for MLX's default.
+        interpose_blas: put OpenBLAS (package ngsolve-openblas) in place of MLX's BLAS on a Linux CPU. Fast, but it
+            breaks row invariance, so replies say BEST_EFFORT; must happen before anything imports MLX.
+        max_streams: sequences decoded together.
+        max_waiting: further streams accepted; beyond, submit raises QUEUE_FULL.
+        stream_buffer: tokens that wait unread before a stream is paused.
+        slow_reader_limit: seconds a stream may stay paused before it is cut.
+    """
+
+    device: str | None = None
+    interpose_blas: bool = False
+    max_streams: int = 8
+    max_waiting: int = 256
+    stream_buffer: int = 1024
+    slow_reader_limit: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(self.device in (None, "cpu", "gpu"), "device", "cpu, gpu or None")
+        _require(self.max_streams >= 1, "max_streams", "at least 1")
+        _require(self.max_waiting >= 0, "max_waiting", "at least 0")
+        _require(self.stream_buffer >= 1, "stream_buffer", "at least 1")
+        _require(self.slow_reader_limit > 0, "slow_reader_limit", "positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request left the queue; prefill begins.
+
+    Attributes:
+        seed: the effective seed.
+        rule: the acceptance rule in force.
+        depth: drafts per round.
+        replay, replay_reason: what a repetition will give, and why not EXACT when it is not.
+        fingerprint: what the bits depend on besides model files, prompt, parameters and seed.
+    """
+
+    prompt_tokens: int
+    seed: int
+    rule: Rule
+    depth: int
+    replay: Replay
+    replay_reason: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output. `text` is empty while a character or a possible stop string is incomplete, or where the model has
+    no tokenizer; the texts of all deltas, joined, are the reply."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts of one request.
+
+    Attributes:
+        rounds: verify passes.
+        drafted, accepted: per draft position, 0-based; a position counts as drafted when it was verified.
+        seconds_*: wall time: queue (submit to start), prefill, decode.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    rounds: int
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+    seconds_queued: float
+    seconds_prefill: float
+    seconds_decode: float
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean committed tokens of a verify pass (acceptance length, the correction or bonus token included)."""
+        return (self.rounds + sum(self.accepted)) / self.rounds if self.rounds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a stream. `error` is set exactly when reason is ERROR."""
+
+    reason: FinishReason
+    statistics: Statistics
+    stop: str | int | None = None
+    error: EngineError | None = None
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """One slice of a load is done. `fraction` runs to 1."""
+
+    stage: str
+    fraction: float
