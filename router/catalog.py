@@ -12,6 +12,8 @@ from router.settings import ModelSettings, SamplingSettings, Settings
 
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
 
+THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
+
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
@@ -98,6 +100,7 @@ def read_facts(path: Path) -> ModelFacts:
         context_length=header.context_length,
         size_bytes=header.file_bytes,
         capabilities=_gguf_capabilities(header),
+        reasoning_switch=THINKING_SWITCH in header.chat_template,
     )
 
 
@@ -127,6 +130,8 @@ def _mtp_fact(header: GgufHeader) -> CapabilityFact:
 
 
 def _reasoning_fact(template: str) -> CapabilityFact:
-    if "enable_thinking" in template:
-        return CapabilityFact(True, "the chat template reads enable_thinking")
-    return CapabilityFact(False, "the chat template has no enable_thinking switch")
+    if THINKING_SWITCH in template:
+        return CapabilityFact(True, f"the chat template reads {THINKING_SWITCH}")
+    if "<think>" in template:
+        return CapabilityFact(True, f"the chat template writes <think> and has no {THINKING_SWITCH} switch")
+    return CapabilityFact(False, "the chat template knows no thinking")

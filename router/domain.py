@@ -203,13 +203,17 @@ class CapabilityFact:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model's files without loading them. `problem` says why it cannot be served, if so."""
+    """What is known of a model's files without loading them.
+
+    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
+    """
 
     architecture: str = ""
     quantization: str = ""
     context_length: int | None = None
     size_bytes: int | None = None
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
+    reasoning_switch: bool = False
     problem: str = ""
 
     def can(self, capability: Capability) -> bool:
@@ -227,6 +231,13 @@ class Route:
     backend: str
     kind: BackendKind
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How a backend drafts for a model: `fixed_depth` tokens a round for every request, or, if None, as asked."""
+
+    fixed_depth: int | None = None
 
 
 class ModelState(Enum):

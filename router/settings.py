@@ -36,7 +36,7 @@ def data_home() -> Path:
 
 
 def default_config_path() -> Path:
-    """Settings file read where none is named: $MTP_ROUTER_CONFIG, else mtp-router.toml in the platform's config folder."""
+    """Settings file where none is named: $MTP_ROUTER_CONFIG, else mtp-router.toml in the platform's config folder."""
     configured = os.environ.get(CONFIG_VARIABLE)
     if configured:
         return Path(configured)
@@ -59,7 +59,9 @@ class ServerSettings(_Table):
     max_request_bytes: int = Field(4 * 2**20, ge=1024, le=64 * 2**20, description="largest request message")
     max_metadata_bytes: int = Field(16 * 2**10, ge=1024, le=2**20, description="largest request metadata")
     max_concurrent_calls: int = Field(1000, ge=1, description="calls in flight before new ones are refused")
-    min_ping_interval: float = Field(10.0, ge=1.0, description="seconds between client keepalive pings that are allowed")
+    min_ping_interval: float = Field(
+        10.0, ge=1.0, description="seconds between client keepalive pings that are allowed"
+    )
     drain_grace: float = Field(30.0, ge=0.0, description="seconds that running calls get after SIGTERM")
     default_deadline: float = Field(600.0, gt=0.0, description="seconds for a call that comes without a deadline")
 
@@ -116,7 +118,9 @@ class LlamaCppSettings(_Table):
     parallel: int = Field(2, ge=1, le=64, description="requests that a child decodes at once")
     max_queued: int = Field(64, ge=0, le=100_000, description="requests that may wait for a model")
     load_timeout: float = Field(300.0, gt=0.0, description="seconds a model may take to load")
-    first_token_timeout: float = Field(300.0, gt=0.0, description="seconds without a sign of life before the first token")
+    first_token_timeout: float = Field(
+        300.0, gt=0.0, description="seconds without a sign of life before the first token"
+    )
     token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
     restart_backoff: float = Field(0.5, gt=0.0, description="seconds before the first restart; doubles each time")
     restart_backoff_max: float = Field(30.0, gt=0.0, description="longest time between restarts, seconds")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from router.catalog import ModelEntry
-from router.domain import BackendKind, BackendStatus, Event, GenerationRequest, Loading, ModelState, TokenCount
+from router.domain import (
+    BackendKind,
+    BackendStatus,
+    Drafting,
+    Event,
+    GenerationRequest,
+    Loading,
+    ModelState,
+    TokenCount,
+)
 
 
 class Backend(Protocol):
@@ -36,6 +45,9 @@ class Backend(Protocol):
     def model_state(self, model: ModelEntry) -> ModelState:
         """Whether the model is in memory, as last seen."""
 
+    def drafting(self, model: ModelEntry) -> Drafting | None:
+        """How the backend drafts for this model; None where it does not draft. No I/O."""
+
     def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Answers one request: any progress, one Started, any Deltas, one Finished.
 
@@ -52,7 +64,7 @@ class Backend(Protocol):
         """Counts the prompt's tokens, chat template included; loads the model if it must."""
         ...
 
-    def preload(self, model: ModelEntry) -> AsyncIterator[Loading]:
+    def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model, yielding progress; ends when it is READY. Raises RouterError MODEL_LOAD_FAILED."""
         ...
 

@@ -1,0 +1,47 @@
+# Works with GNU make 3.81, as macOS ships it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# MLX's Linux wheels choose their device by an extra: cpu, or cuda on a machine with an NVIDIA GPU.
+ifeq ($(shell uname -s),Linux)
+EXTRAS ?= [cpu,openblas]
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test conformance lint protos clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## create .venv and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt protos/pyproject.toml protos/build_stubs.py $(wildcard protos/mtp_router/generate/v1/*.proto)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --force-reinstall --no-deps ./protos
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.$(EXTRAS)' --group dev
+	touch $(STAMP)
+
+demo: setup  ## fold a storm of 41 alerts into one incident summary
+	$(BIN)/python examples/demo.py
+
+serve: setup  ## start the service; Ctrl-C drains it
+	$(BIN)/mtp-router serve
+
+test: setup  ## run every test
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff, mypy and buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint
+
+protos: setup  ## generate and install the stubs again
+	$(BIN)/python -m pip install --quiet -c constraints.txt --force-reinstall --no-deps ./protos
+
+clean:  ## remove what setup made
+	rm -rf $(VENV)

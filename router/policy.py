@@ -1,0 +1,166 @@
+"""Pure decisions: which backend answers a model and why, and whether a request asks for what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.catalog import ModelEntry
+from router.domain import (
+    BackendKind,
+    Capability,
+    Drafting,
+    ErrorReason,
+    GenerationRequest,
+    MessagesPrompt,
+    Prompt,
+    ReasoningMode,
+    Route,
+    RouterError,
+    SpeculationMode,
+    TokensPrompt,
+)
+
+
+def choose_route(requested: str, entry: ModelEntry, backends: Mapping[str, BackendKind]) -> Route:
+    """The backend that answers `entry`, asked for as `requested`, and why.
+
+    Raises:
+        RouterError: MODEL_LOAD_FAILED where the model's files cannot be served; BACKEND_UNAVAILABLE where no
+            configured backend serves files of that kind.
+    """
+    facts = entry.facts
+    if facts.problem:
+        raise RouterError(
+            ErrorReason.MODEL_LOAD_FAILED,
+            f"model {entry.name!r} cannot be served: {facts.problem}",
+            metadata={"model": entry.name, "problem": facts.problem},
+        )
+    if entry.settings.backend is not None:
+        name = entry.settings.backend
+        reason = f"the settings name backend {name!r} for {entry.name}"
+        return Route(requested, entry.name, name, backends[name], reason)
+    for name, kind in sorted(backends.items()):
+        if kind is BackendKind.LLAMA_CPP:
+            return Route(requested, entry.name, name, kind, _gguf_reason(entry))
+    raise RouterError(
+        ErrorReason.BACKEND_UNAVAILABLE,
+        f"model {entry.name!r} is a GGUF file and no llama_cpp backend is configured",
+        metadata={"model": entry.name},
+    )
+
+
+def _gguf_reason(entry: ModelEntry) -> str:
+    facts = entry.facts
+    what = f"{entry.path.name} is a {facts.architecture} model in GGUF, which llama.cpp runs"
+    mtp = facts.capabilities[Capability.MTP]
+    if not mtp.supported:
+        return f"{what}; no drafting: {mtp.evidence}"
+    if entry.settings.speculation == "off":
+        return f"{what}; it has a multi-token-prediction head ({mtp.evidence}) that the settings switch off"
+    return f"{what}, drafting {entry.settings.draft_depth} tokens a round with the model's own head ({mtp.evidence})"
+
+
+def requested_fields(request: GenerationRequest) -> frozenset[str]:
+    """Dotted names of the optional features that the request uses; a backend must have each in its `fields`."""
+    sampling, stop = request.sampling, request.stop
+    used = {
+        "sampling.repetition_penalty": sampling.repetition_penalty != 1.0,
+        "sampling.presence_penalty": sampling.presence_penalty != 0.0,
+        "sampling.frequency_penalty": sampling.frequency_penalty != 0.0,
+        "sampling.logit_bias": bool(sampling.logit_bias),
+        "stop.token_ids": bool(stop.token_ids),
+        "stop.ignore_end_of_generation": stop.ignore_end_of_generation,
+        "stop.min_output_tokens": stop.min_output_tokens > 0,
+        "reasoning.mode": request.reasoning is not ReasoningMode.AUTO,
+        "reasoning.budget_tokens": request.reasoning_budget is not None,
+        "logprobs": request.top_logprobs is not None,
+        "tools": bool(request.tools),
+    }
+    if request.response_format is not None:
+        used[f"response_format.{request.response_format.kind.value}"] = True
+    return frozenset(name for name, is_used in used.items() if is_used)
+
+
+def check_request(
+    request: GenerationRequest, entry: ModelEntry, supported: frozenset[str], drafting: Drafting | None
+) -> None:
+    """Refuses what the chosen backend or the model cannot do, so that nothing is accepted and ignored.
+
+    Args:
+        supported: the backend's `fields`.
+        drafting: how the backend drafts for this model.
+
+    Raises:
+        RouterError: FIELD_NOT_IMPLEMENTED naming the fields; CAPABILITY_UNAVAILABLE naming the capability.
+    """
+    missing = sorted(requested_fields(request) - supported)
+    if missing:
+        names = ", ".join(missing)
+        raise RouterError(
+            ErrorReason.FIELD_NOT_IMPLEMENTED,
+            f"the backend of model {entry.name!r} does not implement: {names}",
+            metadata={"field": ",".join(missing), "model": entry.name},
+        )
+    refuse_unsupported_prompt(request.prompt, entry)
+    if request.reasoning is ReasoningMode.ON:
+        _require(entry, Capability.REASONING, "thinking cannot be switched on")
+    if request.reasoning is ReasoningMode.OFF and entry.facts.can(Capability.REASONING):
+        _require_switch(entry)
+    if request.response_format is not None:
+        _require(entry, Capability.JSON_SCHEMA, "response_format is not available")
+    if request.top_logprobs is not None:
+        _require(entry, Capability.LOGPROBS, "logprobs are not available")
+    _check_speculation(request, entry, drafting)
+
+
+def refuse_unsupported_prompt(prompt: Prompt, entry: ModelEntry) -> None:
+    """Raises RouterError CAPABILITY_UNAVAILABLE where the model takes no prompt of that kind."""
+    if isinstance(prompt, MessagesPrompt):
+        _require(entry, Capability.CHAT, "messages need a chat template")
+    if isinstance(prompt, TokensPrompt):
+        _require(entry, Capability.TOKEN_PROMPT, "it takes no token ids")
+
+
+def _require(entry: ModelEntry, capability: Capability, what: str) -> None:
+    if entry.facts.can(capability):
+        return
+    fact = entry.facts.capabilities.get(capability)
+    evidence = fact.evidence if fact else "not known"
+    raise _unavailable(entry, capability, f"{what}: {evidence}")
+
+
+def _require_switch(entry: ModelEntry) -> None:
+    if not entry.facts.reasoning_switch:
+        evidence = entry.facts.capabilities[Capability.REASONING].evidence
+        raise _unavailable(entry, Capability.REASONING, f"thinking cannot be switched off: {evidence}")
+
+
+def _check_speculation(request: GenerationRequest, entry: ModelEntry, drafting: Drafting | None) -> None:
+    asks_to_draft = request.speculation is SpeculationMode.REQUIRED or request.draft_depth is not None
+    if drafting is None:
+        if asks_to_draft:
+            fact = entry.facts.capabilities.get(Capability.MTP)
+            why = fact.evidence if fact and not fact.supported else "drafting is switched off in the settings"
+            raise _unavailable(entry, Capability.MTP, f"it is served without drafting: {why}")
+        return
+    fixed = drafting.fixed_depth
+    if fixed is None:
+        return
+    if request.speculation is SpeculationMode.OFF:
+        raise _unavailable(
+            entry, Capability.MTP, f"its backend drafts {fixed} tokens a round for every request; OFF is not possible"
+        )
+    if request.draft_depth not in (None, fixed):
+        raise _unavailable(
+            entry,
+            Capability.MTP,
+            f"its backend drafts {fixed} tokens a round for every request; depth {request.draft_depth} is not possible",
+        )
+
+
+def _unavailable(entry: ModelEntry, capability: Capability, why: str) -> RouterError:
+    return RouterError(
+        ErrorReason.CAPABILITY_UNAVAILABLE,
+        f"model {entry.name!r}: {why}",
+        metadata={"model": entry.name, "capability": capability.name},
+    )

@@ -1,0 +1,188 @@
+"""Assembly, health, reflection and drain of the gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from mtp_router.generate import v1
+from mtp_router.generate.v1 import admin_service_pb2, generate_service_pb2, model_service_pb2
+
+from router.backends.base import Backend
+from router.backends.llama_cpp import LlamaCppBackend
+from router.catalog import Catalog, build_catalog
+from router.dispatch import Dispatcher
+from router.domain import BackendState, BackendStatus
+from router.services.admin import AdminService
+from router.services.generate import GenerateService
+from router.services.models import ModelService
+from router.settings import ServerSettings, Settings, data_home
+
+logger = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (generate_service_pb2, "GenerateService"),
+        (model_service_pb2, "ModelService"),
+        (admin_service_pb2, "AdminService"),
+    )
+)
+
+
+class ListenError(Exception):
+    """The server cannot listen at its address; the message says which."""
+
+
+def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    """gRPC core options.
+
+    The ping interval is `grpc.http2.min_ping_interval_without_data_ms`: the similar name with `_recv_` in it, seen in
+    other servers, is no key of gRPC core, and clients that ping through a long prefill are then cut off with
+    "too many pings".
+    """
+    return [
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_interval * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Two servers on one port would share its calls at random; the second must fail instead.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class RouterServer:
+    """The gRPC server over a catalog and its backends.
+
+    Args:
+        settings: of the server itself.
+        catalog: the configured models.
+        backends: by the names that the settings give them; the server starts and closes them.
+    """
+
+    def __init__(self, settings: ServerSettings, catalog: Catalog, backends: Mapping[str, Backend]) -> None:
+        self._settings = settings
+        self._dispatcher = Dispatcher(catalog, backends)
+        self._health = health.aio.HealthServicer()
+        self._generate = GenerateService(self._dispatcher, settings.default_deadline)
+        self._server = grpc.aio.server(
+            options=channel_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_calls
+        )
+        self._health_updates: asyncio.Queue[tuple[str, BackendState]] = asyncio.Queue()
+        self._health_task: asyncio.Task[None] | None = None
+        self._draining = False
+        self.address = ""
+
+    async def start(self) -> None:
+        """Starts the backends, then listens; `address` tells where. Raises ListenError."""
+        await self._health.set("", NOT_SERVING)
+        for name in SERVICE_NAMES:
+            await self._health.set(name, NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        v1.add_GenerateServiceServicer_to_server(self._generate, self._server)
+        v1.add_ModelServiceServicer_to_server(ModelService(self._dispatcher), self._server)
+        v1.add_AdminServiceServicer_to_server(
+            AdminService(self._dispatcher, enabled=self._settings.admin), self._server
+        )
+        if self._settings.reflection:
+            names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self.address = self._bind()
+        self._health_task = asyncio.create_task(self._publish_health())
+        for backend in self._dispatcher.backends.values():
+            backend.on_status_change(self._status_changed)
+            await backend.start()
+            self._status_changed(backend.status())
+        await self._server.start()
+        for name in SERVICE_NAMES:
+            await self._health.set(name, SERVING)
+
+    def _bind(self) -> str:
+        listen = self._settings.listen
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError:
+            raise ListenError(f"cannot listen at {listen}: is another server running there?") from None
+        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    def _status_changed(self, status: BackendStatus) -> None:
+        self._health_updates.put_nowait((status.name, status.state))
+
+    async def _publish_health(self) -> None:
+        """Turns backend states into health: each under `backend/NAME`, and overall while any of them is ready."""
+        states: dict[str, BackendState] = {}
+        while True:
+            name, state = await self._health_updates.get()
+            states[name] = state
+            await self._health.set(f"backend/{name}", SERVING if state is BackendState.READY else NOT_SERVING)
+            await self._health.set("", SERVING if BackendState.READY in states.values() else NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Stops: health goes down, new calls are refused, running ones get the grace period, backends close.
+
+        Calls that outlast the grace period end with reason DRAINING. Safe to call once.
+        """
+        grace = self._settings.drain_grace
+        logger.info("draining: %d calls get up to %g s", self._generate.active_calls, grace)
+        if self._health_task is not None:
+            self._health_task.cancel()
+        await self._health.enter_graceful_shutdown()
+        interrupt = asyncio.get_running_loop().call_later(grace, self._generate.interrupt)
+        # gRPC's own cut comes a little later, so that the typed status of `interrupt` gets out first.
+        await self._server.stop(grace + 1.0)
+        interrupt.cancel()
+        for backend in self._dispatcher.backends.values():
+            await backend.close()
+
+
+def build_backends(settings: Settings) -> dict[str, Backend]:
+    """The configured backends by name."""
+    return {name: LlamaCppBackend(name, backend) for name, backend in settings.backends.items()}
+
+
+async def run(settings: Settings, *, announce_json: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Raises ListenError."""
+    catalog = await asyncio.to_thread(build_catalog, settings, data_home() / "models")
+    server = RouterServer(settings.server, catalog, build_backends(settings))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    _announce(server.address, catalog, as_json=announce_json)
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    await server.drain()
+
+
+def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
+    names = [entry.name for entry in catalog.entries]
+    if as_json:
+        line = json.dumps({"event": "listening", "address": address, "models": names})
+    else:
+        line = f"listening on {address}; models: {', '.join(names) or 'none (mtp-router pull smollm2 fetches one)'}"
+    print(line, flush=True)
+
+
+def serve(settings: Settings, *, announce_json: bool = False) -> int:
+    """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        asyncio.run(run(settings, announce_json=announce_json))
+    except ListenError as error:
+        print(f"mtp-router: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mtp-router: ended without draining", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,58 @@
+"""AdminService: loads and unloads models, and tells how the backends are."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from mtp_router.generate import v1
+
+from router.dispatch import Dispatcher
+from router.domain import ErrorReason, RouterError
+from router.services import render
+from router.services.errors import reports_errors
+from router.services.models import describe
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdminService(v1.AdminServiceServicer):
+    """Serves AdminService; with `enabled` False every call answers PERMISSION_DENIED."""
+
+    def __init__(self, dispatcher: Dispatcher, *, enabled: bool) -> None:
+        self._dispatcher = dispatcher
+        self._enabled = enabled
+
+    @reports_errors
+    async def PreloadModel(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes
+        self, request: v1.PreloadModelRequest, context: Context
+    ) -> None:
+        """Loads a model, streaming progress; leaving the call does not unload it."""
+        self._require_enabled()
+        entry, _, backend = self._dispatcher.route(request.name)
+        async with aclosing(backend.preload(entry)) as steps:
+            async for step in steps:
+                await context.write(v1.PreloadModelResponse(progress=render.load_progress(step)))
+        await context.write(v1.PreloadModelResponse(model=describe(self._dispatcher, entry)))
+
+    @reports_errors
+    async def UnloadModel(self, request: v1.UnloadModelRequest, context: Context) -> v1.UnloadModelResponse:
+        """Drops a model from memory."""
+        self._require_enabled()
+        entry, _, backend = self._dispatcher.route(request.name)
+        await backend.unload(entry, force=request.force)
+        return v1.UnloadModelResponse(model=describe(self._dispatcher, entry))
+
+    @reports_errors
+    async def ListBackends(self, request: v1.ListBackendsRequest, context: Context) -> v1.ListBackendsResponse:
+        """Every backend and its health."""
+        self._require_enabled()
+        backends = sorted(self._dispatcher.backends.values(), key=lambda backend: backend.name)
+        return v1.ListBackendsResponse(backends=[render.backend(backend.status()) for backend in backends])
+
+    def _require_enabled(self) -> None:
+        if not self._enabled:
+            raise RouterError(
+                ErrorReason.ADMIN_DISABLED, "AdminService is switched off in this server's settings (server.admin)"
+            )

@@ -1,0 +1,164 @@
+"""GenerateService: answers, whole or streamed, and token counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from mtp_router.generate import v1
+
+from router.dispatch import Answer, Dispatcher
+from router.domain import Delta, ErrorReason, Event, FieldViolation, Finished, RouterError, Started
+from router.services import render
+from router.services.errors import reports_errors
+from router.services.parse import parse_input
+
+logger = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerateService(v1.GenerateServiceServicer):
+    """Serves GenerateService.
+
+    Cancellation reaches a handler as one of several exceptions, by where it is suspended, so the backend is stopped
+    by leaving `aclosing`, never by catching one of them.
+
+    Args:
+        dispatcher: sends requests to backends.
+        default_deadline: seconds for a call that comes without a deadline.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, default_deadline: float) -> None:
+        self._dispatcher = dispatcher
+        self._default_deadline = default_deadline
+        self._draining = False
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    @property
+    def active_calls(self) -> int:
+        """Calls that are being answered."""
+        return len(self._calls)
+
+    def interrupt(self) -> None:
+        """Ends every running call with DRAINING, for the end of the grace period."""
+        self._draining = True
+        for task in self._calls:
+            task.cancel()
+
+    @reports_errors
+    async def Generate(self, request: v1.GenerateRequest, context: Context) -> v1.GenerateResponse:
+        """Answers in one message."""
+        pieces: list[Delta] = []
+        async with self._call(context), self._answer(request.input) as (answer, events):
+            async for event in events:
+                if isinstance(event, Started):
+                    begun = render.started(answer, event)
+                elif isinstance(event, Delta):
+                    pieces.append(event)
+                elif isinstance(event, Finished):
+                    ended = render.finished(answer, event)
+        return v1.GenerateResponse(started=begun, output=render.delta(_joined(pieces)), finished=ended)
+
+    @reports_errors
+    async def StreamGenerate(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes
+        self, request: v1.StreamGenerateRequest, context: Context
+    ) -> None:
+        """Answers event by event."""
+        async with self._call(context), self._answer(request.input) as (answer, events):
+            async for event in events:
+                if isinstance(event, Started):
+                    response = v1.StreamGenerateResponse(started=render.started(answer, event))
+                elif isinstance(event, Delta):
+                    response = v1.StreamGenerateResponse(delta=render.delta(event))
+                elif isinstance(event, Finished):
+                    response = v1.StreamGenerateResponse(finished=render.finished(answer, event))
+                elif request.include_progress:
+                    response = v1.StreamGenerateResponse(progress=render.progress(event))
+                else:
+                    continue
+                await context.write(response)
+
+    @reports_errors
+    async def CountTokens(self, request: v1.CountTokensRequest, context: Context) -> v1.CountTokensResponse:
+        """Counts a prompt's tokens."""
+        async with self._call(context):
+            parsed = self._parse(request.input)
+            route, count = await self._dispatcher.count_tokens(parsed)
+        return v1.CountTokensResponse(
+            model=route.model, prompt_tokens=count.prompt_tokens, context_length=count.context_length
+        )
+
+    def _parse(self, wire: v1.GenerationInput) -> Any:
+        if not wire.model:
+            violation = FieldViolation("model", "is required")
+            raise RouterError(
+                ErrorReason.INVALID_REQUEST, "invalid request: model: is required", violations=(violation,)
+            )
+        return parse_input(wire, self._dispatcher.catalog.resolve(wire.model).sampling)
+
+    @asynccontextmanager
+    async def _answer(self, wire: v1.GenerationInput) -> AsyncIterator[tuple[Answer, AsyncGenerator[Event, None]]]:
+        """The answer to a request; whatever ends the block stops the backend, and is logged in one line."""
+        answer = self._dispatcher.generate(self._parse(wire))
+        outcome = "cancelled"
+        try:
+            async with aclosing(answer.events) as events:
+                yield answer, events
+            outcome = "ok"
+        except RouterError as error:
+            outcome = error.reason.value
+            raise
+        finally:
+            logger.info(
+                "generation %s model=%s backend=%s outcome=%s first_token=%.3f total=%.3f correlation_id=%s labels=%s",
+                answer.generation_id,
+                answer.route.model,
+                answer.route.backend,
+                outcome,
+                answer.clock.first_token,
+                answer.clock.total,
+                answer.request.correlation_id or "-",
+                dict(answer.request.labels) or "-",
+            )
+
+    @asynccontextmanager
+    async def _call(self, context: Context) -> AsyncIterator[None]:
+        """Bounds a call by its deadline and lets `interrupt` end it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        limit = None if context.time_remaining() is not None else self._default_deadline
+        try:
+            async with asyncio.timeout(limit):
+                yield
+        except TimeoutError:
+            raise RouterError(
+                ErrorReason.DEADLINE_EXCEEDED,
+                f"the call had no deadline and took longer than the server's default of {self._default_deadline:g} s",
+                metadata={"default_deadline": f"{self._default_deadline:g}"},
+            ) from None
+        except asyncio.CancelledError:
+            if not self._draining or context.cancelled():
+                raise
+            task.uncancel()
+            raise RouterError(
+                ErrorReason.DRAINING, "the server is shutting down; the answer is incomplete", retry_after=1.0
+            ) from None
+        finally:
+            self._calls.discard(task)
+
+
+def _joined(pieces: list[Delta]) -> Delta:
+    """All pieces of an answer as one."""
+    counts = [piece.token_count for piece in pieces]
+    return Delta(
+        text="".join(piece.text for piece in pieces),
+        reasoning_text="".join(piece.reasoning_text for piece in pieces),
+        token_count=None if None in counts else sum(count for count in counts if count is not None),
+        logprobs=tuple(item for piece in pieces for item in piece.logprobs),
+        tool_calls=tuple(call for piece in pieces for call in piece.tool_calls),
+    )
