@@ -1,1 +1,1 @@
-"""The MLX engine: native multi-token prediction, exact by construction. Knows nothing of gRPC or of the router."""
+"""In-process MLX engine that decodes with native Multi-Token-Prediction heads."""

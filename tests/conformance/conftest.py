@@ -1,0 +1,35 @@
+"""Collects what each conformance test established and prints it as two tables."""
+
+from collections.abc import Callable
+
+import pytest
+
+PROMISES: list[tuple[str, str, int, str]] = []
+MUTATIONS: list[tuple[str, str]] = []
+
+
+@pytest.fixture
+def establish() -> Callable[[str, str, int, str], None]:
+    """establish(promise, what was checked, number of cases, worst figure)."""
+    return lambda *row: PROMISES.append(row)
+
+
+@pytest.fixture
+def caught(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """caught(planted bug, the check that failed)."""
+    return lambda *row: MUTATIONS.append(row)
+
+
+def _table(terminal: pytest.TerminalReporter, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    terminal.section(title)
+    for row in (head, tuple("-" * width for width in widths), *rows):
+        terminal.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [(promise, what, str(cases), worst) for promise, what, cases, worst in PROMISES]
+    _table(terminalreporter, "conformance", ("promise", "checked", "cases", "worst figure"), rows)
+    _table(terminalreporter, "planted bugs", ("bug", "caught by"), MUTATIONS)
