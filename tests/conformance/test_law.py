@@ -162,7 +162,7 @@ BUGS = [
         "top-p tie rule broken: every token equal to the last is kept",
         sampling,
         "kept = mx.where(before < sampling.top_p, kept, -math.inf)",
-        "kept = mx.where(kept >= mx.min(mx.where(before < sampling.top_p, kept, 99.0), -1, keepdims=True), kept, -99.0)",
+        "kept = mx.where(kept >= mx.min(mx.where(before < sampling.top_p, kept, 9.0), -1, keepdims=True), kept, -99.0)",
         Rule.COUPLING,
     ),
     (

@@ -1,0 +1,270 @@
+"""Writes small Qwen3.5 checkpoints in the released layout, for tests, benchmarks and the demo.
+
+    python -m mlx_mtp_backend.synthetic OUT --kind pass-through --acceptance 0.85
+
+Names, shard index, zero-centred norms and the un-transposed convolution are those of a released checkpoint. Two kinds:
+
+* pass-through: the layers compute and then add nothing, so the logits depend on the last token alone: a chain of words
+  (see synthetic_text). Its head predicts the same chain, except after a chosen share of tokens. It shows speed and
+  alignment and gives readable output; it can prove nothing about caches, and it does not read its prompt.
+* history: random weights, logits depend on every token before. It speaks nonsense, and a cache that is wrong anywhere
+  changes it: exactness is proved on this kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlx_mtp_backend import synthetic_text
+from mlx_mtp_backend.families.layouts import qwen3_5_head
+
+Weights = dict[str, np.ndarray]
+HEAD_PLACES = ("shards", "side", "folder", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One synthetic checkpoint.
+
+    Attributes:
+        kind: "pass-through" or "history".
+        acceptance: pass-through only: the share of visited tokens after which the head is right.
+        hidden: history only; a pass-through's hidden size is its vocabulary.
+        wrapper: the multimodal wrapper's names and a vision tensor, as the released files have them.
+        head: where the head's tensors go: in the shards, mtp.safetensors, mtp/, or nowhere.
+        interval: every how many layers one has full attention.
+    """
+
+    kind: str = "history"
+    acceptance: float = 0.85
+    layers: int = 4
+    hidden: int = 64
+    width: int = 96
+    interval: int = 2
+    wrapper: bool = True
+    tied: bool = False
+    head: str = "shards"
+    context: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("pass-through", "history") or self.head not in HEAD_PLACES:
+            raise ValueError("kind must be pass-through or history, head one of " + ", ".join(HEAD_PLACES))
+        if not 0 <= self.acceptance <= 1:
+            raise ValueError("acceptance must be in [0, 1]")
+        if self.tied and self.kind == "pass-through":
+            raise ValueError("a pass-through chain needs a head of its own; tied is for history")
+
+
+def write(folder: Path, recipe: Recipe) -> Path:
+    """Write the checkpoint into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = synthetic_text.build_tokenizer(704)
+    vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
+    text = _text_config(recipe, vocab_size)
+    rng = np.random.default_rng(recipe.seed)
+    trunk = _trunk(text, rng)
+    head = {name: _random(name, shape, rng) for name, shape in qwen3_5_head(text).items()}
+    if recipe.kind == "pass-through":
+        _pass_through(trunk, head, tokenizer, recipe, rng)
+    if recipe.tied:
+        del trunk["lm_head.weight"]
+    _save(folder, recipe, text, trunk, head)
+    synthetic_text.save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def _text_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_5_text",
+        "vocab_size": vocab_size,
+        "hidden_size": vocab_size if recipe.kind == "pass-through" else recipe.hidden,
+        "intermediate_size": recipe.width,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": recipe.interval,
+        "max_position_embeddings": recipe.context,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": recipe.tied,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    }
+
+
+def _trunk(text: dict[str, Any], rng: np.random.Generator) -> Weights:
+    hidden, vocab_size = text["hidden_size"], text["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab_size, hidden),
+    }
+    for layer in range(text["num_hidden_layers"]):
+        full = (layer + 1) % text["full_attention_interval"] == 0
+        parts = _attention_shapes(text) if full else _delta_shapes(text)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
+    return {name: _random(name, shape, rng) for name, shape in shapes.items()}
+
+
+def _attention_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        name.removeprefix("layers.0."): shape
+        for name, shape in qwen3_5_head(text).items()
+        if name.startswith("layers.0.")
+    }
+
+
+def _delta_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, heads = text["hidden_size"], text["linear_num_value_heads"]
+    keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    values = heads * text["linear_value_head_dim"]
+    rest = {name: shape for name, shape in _attention_shapes(text).items() if not name.startswith("self_attn.")}
+    return rest | {
+        "linear_attn.in_proj_qkv.weight": (2 * keys + values, hidden),
+        "linear_attn.in_proj_z.weight": (values, hidden),
+        "linear_attn.in_proj_b.weight": (heads, hidden),
+        "linear_attn.in_proj_a.weight": (heads, hidden),
+        "linear_attn.conv1d.weight": (2 * keys + values, 1, text["linear_conv_kernel_dim"]),
+        "linear_attn.dt_bias": (heads,),
+        "linear_attn.A_log": (heads,),
+        "linear_attn.norm.weight": (text["linear_value_head_dim"],),
+        "linear_attn.out_proj.weight": (hidden, values),
+    }
+
+
+def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    noise: np.ndarray = rng.standard_normal(shape)
+    if name.endswith("linear_attn.norm.weight"):
+        return 1 + 0.1 * noise
+    if name.endswith("dt_bias"):
+        return noise - 2  # slow decay: the state remembers hundreds of tokens
+    if name.endswith("A_log"):
+        return 0.5 * noise - 1
+    if len(shape) == 1:
+        return 0.1 * noise  # every other vector is a zero-centred norm
+    if name.endswith("conv1d.weight"):
+        return noise
+    gain = {"embed_tokens.weight": 1.0, "lm_head.weight": 2.5 / np.sqrt(shape[-1])}
+    return noise * float(next((g for end, g in gain.items() if name.endswith(end)), 1.2 / np.sqrt(shape[-1])))
+
+
+def _pass_through(
+    trunk: Weights, head: Weights, tokenizer: Tokenizer, recipe: Recipe, rng: np.random.Generator
+) -> None:
+    """Embed tokens as unit vectors, let every layer add nothing, and read the chain's row off by the output matrix."""
+    vocab_size = len(trunk["lm_head.weight"])
+    silent = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+    for weights in (trunk, head):
+        for name, value in weights.items():
+            is_norm = value.ndim == 1 and "linear_attn" not in name
+            if is_norm or name.endswith(silent):
+                weights[name] = np.zeros_like(value)
+    chain = synthetic_text.chain_logits(tokenizer, vocab_size)
+    trunk["model.embed_tokens.weight"] = np.eye(vocab_size)
+    trunk["lm_head.weight"] = chain.T / np.sqrt(vocab_size)  # a normed unit vector has length sqrt(V)
+    mistaken = _mistaken_tokens(tokenizer, chain, 1 - recipe.acceptance, rng)
+    belief = np.eye(vocab_size)
+    belief[:, mistaken] = np.eye(vocab_size)[:, np.roll(mistaken, 1)]
+    head["fc.weight"] = np.concatenate([belief, np.zeros_like(belief)], axis=1)
+
+
+def _mistaken_tokens(tokenizer: Tokenizer, chain: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Tokens whose visits sum to about `share`; the head takes each of them for another one of them."""
+    weight = synthetic_text.visits(chain, synthetic_text.start_token(tokenizer))
+    order = rng.permutation(np.flatnonzero(weight > 0))
+    chosen: list[int] = []
+    total = 0.0
+    for token in order:
+        if total + weight[token] <= share:
+            chosen.append(int(token))
+            total += weight[token]
+    return np.array(chosen if len(chosen) > 1 else [], dtype=int)
+
+
+def _save(folder: Path, recipe: Recipe, text: dict[str, Any], trunk: Weights, head: Weights) -> None:
+    renamed = {_released_name(name, recipe.wrapper): value for name, value in trunk.items()}
+    names = sorted(renamed)
+    half = len(names) // 2
+    shards = [{name: renamed[name] for name in part} for part in (names[:half], names[half:])]
+    prefixed = {f"mtp.{name}": value for name, value in head.items()}
+    if recipe.head == "shards":
+        shards.append(prefixed)
+    elif recipe.head == "side":
+        _write_tensors(folder / "mtp.safetensors", prefixed)
+    elif recipe.head == "folder":
+        (folder / "mtp").mkdir(exist_ok=True)
+        _write_tensors(folder / "mtp" / "model.safetensors", head)
+    if recipe.wrapper:
+        shards[0]["model.visual.patch_embed.proj.weight"] = np.zeros((8, 3, 2, 2, 2))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(_config(recipe, text), indent=1))
+
+
+def _released_name(name: str, wrapper: bool) -> str:
+    return name.replace("model.", "model.language_model.", 1) if wrapper and name.startswith("model.") else name
+
+
+def _write_tensors(file: Path, tensors: Weights) -> None:
+    arrays = {name: mx.array(value.astype(np.float32)).astype(mx.bfloat16) for name, value in tensors.items()}
+    mx.save_safetensors(str(file), arrays, metadata={"format": "pt"})
+
+
+def _config(recipe: Recipe, text: dict[str, Any]) -> dict[str, Any]:
+    if not recipe.wrapper:
+        return text | {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForCausalLM"], "dtype": "bfloat16"}
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text | {"dtype": "bfloat16"},
+        "tie_word_embeddings": recipe.tied,
+        "vision_config": {"model_type": "qwen3_5", "depth": 0},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlx_mtp_backend.synthetic", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=("pass-through", "history"), default="history")
+    parser.add_argument("--acceptance", type=float, default=0.85, help="pass-through: share of drafts that are right")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=64, help="history: hidden size")
+    parser.add_argument("--width", type=int, default=96, help="width of the MLP")
+    parser.add_argument("--interval", type=int, default=2, help="every how many layers one has full attention")
+    parser.add_argument("--head", choices=HEAD_PLACES, default="shards", help="where the head's tensors go")
+    parser.add_argument("--text-only", action="store_true", help="no multimodal wrapper")
+    parser.add_argument("--tied", action="store_true", help="history: output matrix tied to the embeddings")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args(arguments))
+    out = given.pop("out")
+    try:
+        recipe = Recipe(wrapper=not given.pop("text_only"), **given)
+    except ValueError as error:
+        parser.error(str(error))
+    print(write(out, recipe))
+
+
+if __name__ == "__main__":
+    main()
