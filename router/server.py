@@ -129,8 +129,11 @@ class RouterServer:
     async def drain(self) -> None:
         """Stops: health goes down, new calls are refused, running ones get the grace period, backends close.
 
-        Calls that outlast the grace period end with reason DRAINING. Safe to call once.
+        Calls that outlast the grace period end with reason DRAINING. Calling it again does nothing.
         """
+        if self._draining:
+            return
+        self._draining = True
         grace = self._settings.drain_grace
         logger.info("draining: %d calls get up to %g s", self._generate.active_calls, grace)
         if self._health_task is not None:
