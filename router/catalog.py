@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from router.domain import Capability, CapabilityFact, ErrorReason, ModelFacts, RouterError
-from router.gguf import GgufError, GgufHeader, read_gguf_header
+from router.domain import ErrorReason, ModelFacts, RouterError
+from router.facts import read_facts
 from router.settings import ModelSettings, SamplingSettings, Settings
 
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
 
-THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
-
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A configured model: its settings, and what its files show."""
+    """A configured model: its settings, and what its files show.
+
+    `gguf` is the same model as a GGUF file, where the settings name one beside a checkpoint.
+    """
 
     name: str
     path: Path
     settings: ModelSettings
     facts: ModelFacts
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings())
+    gguf: ModelEntry | None = None
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ class Catalog:
 
 
 def build_catalog(settings: Settings, pulled: Path) -> Catalog:
-    """Reads the header of every configured model and of every GGUF file in `pulled`.
+    """Reads the headers of every configured model and of every GGUF file in `pulled`.
 
     A pulled file is served under its stem unless the settings already use that name. A file that cannot be read
     becomes an entry whose `facts.problem` says why: it is listed, and refused when asked for.
@@ -74,64 +76,11 @@ def build_catalog(settings: Settings, pulled: Path) -> Catalog:
     for file in sorted(pulled.glob("*.gguf")):
         if file.stem not in taken:
             models[file.stem] = ModelSettings(path=file)
-    return Catalog(
-        ModelEntry(name, model.path, model, read_facts(model.path), _merge(settings.sampling, model.sampling))
-        for name, model in models.items()
-    )
+    return Catalog(build_entry(name, model, settings.sampling) for name, model in models.items())
 
 
-def _merge(base: SamplingSettings, override: SamplingSettings) -> SamplingSettings:
-    return base.model_copy(update=override.model_dump(exclude_none=True))
-
-
-def read_facts(path: Path) -> ModelFacts:
-    """What the file at `path` shows of itself."""
-    try:
-        header = read_gguf_header(path)
-    except FileNotFoundError:
-        return ModelFacts(problem=f"{path.name} does not exist")
-    except OSError as error:
-        return ModelFacts(problem=f"{path.name} cannot be read: {error.strerror}")
-    except GgufError as error:
-        return ModelFacts(problem=f"{path.name} is not a usable GGUF file: {error}")
-    return ModelFacts(
-        architecture=header.architecture,
-        quantization=header.quantization,
-        context_length=header.context_length,
-        size_bytes=header.file_bytes,
-        capabilities=_gguf_capabilities(header),
-        reasoning_switch=THINKING_SWITCH in header.chat_template,
-    )
-
-
-def _gguf_capabilities(header: GgufHeader) -> Mapping[Capability, CapabilityFact]:
-    template = header.chat_template
-    return {
-        Capability.CHAT: CapabilityFact(
-            bool(template), f"tokenizer.chat_template {'present' if template else 'absent'}"
-        ),
-        Capability.MTP: _mtp_fact(header),
-        Capability.REASONING: _reasoning_fact(template),
-        Capability.TOOLS: CapabilityFact(False, "not passed through by the llama.cpp backend yet"),
-        Capability.JSON_SCHEMA: CapabilityFact(True, "llama.cpp turns JSON Schema into a grammar"),
-        Capability.LOGPROBS: CapabilityFact(True, "llama.cpp returns them per token"),
-        Capability.COUNT_TOKENS: CapabilityFact(True, "llama.cpp tokenizes without generating"),
-        Capability.TOKEN_PROMPT: CapabilityFact(True, "llama.cpp takes token ids"),
-    }
-
-
-def _mtp_fact(header: GgufHeader) -> CapabilityFact:
-    key, heads, tensor = f"{header.architecture}.nextn_predict_layers", header.mtp_layers, header.mtp_tensor
-    if not heads:
-        return CapabilityFact(False, f"no {key} in the file's metadata")
-    if tensor is None:
-        return CapabilityFact(False, f"{key} = {heads} is declared, but no nextn.eh_proj tensor is in the file")
-    return CapabilityFact(True, f"{key} = {heads} and tensor {tensor}")
-
-
-def _reasoning_fact(template: str) -> CapabilityFact:
-    if THINKING_SWITCH in template:
-        return CapabilityFact(True, f"the chat template reads {THINKING_SWITCH}")
-    if "<think>" in template:
-        return CapabilityFact(True, f"the chat template writes <think> and has no {THINKING_SWITCH} switch")
-    return CapabilityFact(False, "the chat template knows no thinking")
+def build_entry(name: str, model: ModelSettings, sampling: SamplingSettings) -> ModelEntry:
+    """The entry of one model; `sampling` holds the defaults that its own settings override."""
+    merged = sampling.model_copy(update=model.sampling.model_dump(exclude_none=True))
+    gguf = ModelEntry(name, model.gguf, model, read_facts(model.gguf), merged) if model.gguf else None
+    return ModelEntry(name, model.path, model, read_facts(model.path, model.head_path), merged, gguf)

@@ -67,18 +67,18 @@ class Dispatcher:
         self._now = now
 
     def route(self, name: str) -> tuple[ModelEntry, Route, Backend]:
-        """The model behind `name` and what answers for it. Raises RouterError as `choose_route` does."""
-        entry = self.catalog.resolve(name)
-        chosen = choose_route(name, entry, {key: backend.kind for key, backend in self.backends.items()})
+        """The model behind `name`, as it is served, and what answers for it. Raises RouterError as `choose_route`."""
+        offers = {key: backend.offer() for key, backend in self.backends.items()}
+        chosen, entry = choose_route(name, self.catalog.resolve(name), offers)
         return entry, chosen, self.backends[chosen.backend]
 
     def model_state(self, entry: ModelEntry) -> tuple[Route | None, ModelState, str]:
         """What would answer for a model now, its state, and why it cannot be served if so."""
         try:
-            _, chosen, backend = self.route(entry.name)
+            served, chosen, backend = self.route(entry.name)
         except RouterError as error:
             return None, ModelState.FAILED, error.message
-        return chosen, backend.model_state(entry), ""
+        return chosen, backend.model_state(served), ""
 
     def generate(self, request: GenerationRequest) -> Answer:
         """Starts an answer; nothing happens until its events are consumed, and closing them stops the work.

@@ -201,6 +201,13 @@ class CapabilityFact:
     evidence: str
 
 
+class ModelFormat(Enum):
+    """What a model's files are."""
+
+    GGUF = "gguf"
+    CHECKPOINT = "checkpoint"  # a folder of safetensors files with a config.json
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is known of a model's files without loading them.
@@ -208,6 +215,7 @@ class ModelFacts:
     `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
     """
 
+    format: ModelFormat = ModelFormat.GGUF
     architecture: str = ""
     quantization: str = ""
     context_length: int | None = None
@@ -238,6 +246,15 @@ class Drafting:
     """How a backend drafts for a model: `fixed_depth` tokens a round for every request, or, if None, as asked."""
 
     fixed_depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a backend offers to routing: its kind, why it cannot be used here if so, and what to know of it."""
+
+    kind: BackendKind
+    refusal: str = ""
+    remark: str = ""
 
 
 class ModelState(Enum):

@@ -12,6 +12,8 @@ from router.domain import (
     ErrorReason,
     GenerationRequest,
     MessagesPrompt,
+    ModelFormat,
+    Offer,
     Prompt,
     ReasoningMode,
     Route,
@@ -20,44 +22,109 @@ from router.domain import (
     TokensPrompt,
 )
 
+# The files that each kind of backend serves; Ollama keeps its own.
+SERVES = {BackendKind.MLX: ModelFormat.CHECKPOINT, BackendKind.LLAMA_CPP: ModelFormat.GGUF}
 
-def choose_route(requested: str, entry: ModelEntry, backends: Mapping[str, BackendKind]) -> Route:
-    """The backend that answers `entry`, asked for as `requested`, and why.
+
+def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
+    """What answers `entry`, asked for as `requested`, and why; and the entry in the format that is served.
+
+    A checkpoint with a head goes to the MLX engine. One without, or on a machine where the engine should not be used,
+    goes to llama.cpp as the GGUF file that its settings name beside it; the engine decodes plainly where there is none.
+
+    Args:
+        offers: the configured backends by name.
 
     Raises:
         RouterError: MODEL_LOAD_FAILED where the model's files cannot be served; BACKEND_UNAVAILABLE where no
-            configured backend serves files of that kind.
+            configured backend can serve them here.
     """
+    named = entry.settings.backend
+    if named is not None:
+        return _named_route(requested, entry, named, offers[named])
+    if entry.facts.format is ModelFormat.GGUF:
+        return _gguf_route(requested, entry, offers, _gguf_reason(entry))
+    return _checkpoint_route(requested, entry, offers)
+
+
+def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer) -> tuple[Route, ModelEntry]:
+    wanted = SERVES[offer.kind]
+    served = next((item for item in (entry, entry.gguf) if item is not None and item.facts.format is wanted), None)
+    if served is None:
+        raise _no_backend(
+            entry, f"the settings name backend {name!r}, which serves no {entry.facts.format.value} files"
+        )
+    if offer.refusal:
+        raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}")
+    _refuse_problem(served)
+    reason = _gguf_reason(served) if wanted is ModelFormat.GGUF else _checkpoint_reason(served, offer)
+    return Route(requested, entry.name, name, offer.kind, f"the settings name backend {name!r}; {reason}"), served
+
+
+def _gguf_route(
+    requested: str, entry: ModelEntry, offers: Mapping[str, Offer], reason: str
+) -> tuple[Route, ModelEntry]:
+    _refuse_problem(entry)
+    for name, offer in sorted(offers.items()):
+        if offer.kind is BackendKind.LLAMA_CPP:
+            return Route(requested, entry.name, name, offer.kind, reason), entry
+    raise _no_backend(entry, "it is a GGUF file and no llama_cpp backend is configured")
+
+
+def _checkpoint_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
+    name, offer = next(((n, o) for n, o in sorted(offers.items()) if o.kind is BackendKind.MLX), ("", None))
     facts = entry.facts
-    if facts.problem:
+    if offer is None:
+        why_not = "no mlx backend is configured"
+    elif facts.problem:
+        why_not = facts.problem
+    elif offer.refusal:
+        why_not = offer.refusal
+    elif facts.can(Capability.MTP) or entry.gguf is None:
+        return Route(requested, entry.name, name, offer.kind, _checkpoint_reason(entry, offer)), entry
+    else:
+        why_not = f"its checkpoint has no usable head ({facts.capabilities[Capability.MTP].evidence})"
+    if entry.gguf is not None:
+        return _gguf_route(requested, entry.gguf, offers, f"not on MLX: {why_not}; {_gguf_reason(entry.gguf)}")
+    _refuse_problem(entry)
+    raise _no_backend(entry, why_not)
+
+
+def _refuse_problem(entry: ModelEntry) -> None:
+    if entry.facts.problem:
         raise RouterError(
             ErrorReason.MODEL_LOAD_FAILED,
-            f"model {entry.name!r} cannot be served: {facts.problem}",
-            metadata={"model": entry.name, "problem": facts.problem},
+            f"model {entry.name!r} cannot be served: {entry.facts.problem}",
+            metadata={"model": entry.name, "problem": entry.facts.problem},
         )
-    if entry.settings.backend is not None:
-        name = entry.settings.backend
-        reason = f"the settings name backend {name!r} for {entry.name}"
-        return Route(requested, entry.name, name, backends[name], reason)
-    for name, kind in sorted(backends.items()):
-        if kind is BackendKind.LLAMA_CPP:
-            return Route(requested, entry.name, name, kind, _gguf_reason(entry))
-    raise RouterError(
-        ErrorReason.BACKEND_UNAVAILABLE,
-        f"model {entry.name!r} is a GGUF file and no llama_cpp backend is configured",
-        metadata={"model": entry.name},
+
+
+def _no_backend(entry: ModelEntry, why: str) -> RouterError:
+    return RouterError(
+        ErrorReason.BACKEND_UNAVAILABLE, f"model {entry.name!r}: {why}", metadata={"model": entry.name, "why": why}
     )
 
 
 def _gguf_reason(entry: ModelEntry) -> str:
-    facts = entry.facts
-    what = f"{entry.path.name} is a {facts.architecture} model in GGUF, which llama.cpp runs"
-    mtp = facts.capabilities[Capability.MTP]
-    if not mtp.supported:
-        return f"{what}; no drafting: {mtp.evidence}"
+    if entry.facts.problem:
+        return entry.facts.problem
+    what = f"{entry.path.name} is a {entry.facts.architecture} model in GGUF, which llama.cpp runs"
+    return f"{what}; {_drafting_reason(entry)}"
+
+
+def _checkpoint_reason(entry: ModelEntry, offer: Offer) -> str:
+    what = f"{entry.path.name} is a {entry.facts.architecture} checkpoint, which the MLX engine runs"
+    remark = f"; {offer.remark}" if offer.remark else ""
+    return f"{what}; {_drafting_reason(entry)}{remark}"
+
+
+def _drafting_reason(entry: ModelEntry) -> str:
+    head = entry.facts.capabilities[Capability.MTP]
+    if not head.supported:
+        return f"no drafting: {head.evidence}"
     if entry.settings.speculation == "off":
-        return f"{what}; it has a multi-token-prediction head ({mtp.evidence}) that the settings switch off"
-    return f"{what}, drafting {entry.settings.draft_depth} tokens a round with the model's own head ({mtp.evidence})"
+        return f"the settings switch off its multi-token-prediction head ({head.evidence})"
+    return f"it drafts with its own multi-token-prediction head ({head.evidence})"
 
 
 def requested_fields(request: GenerationRequest) -> frozenset[str]:

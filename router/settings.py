@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,7 @@ from pydantic_settings import (
 ENV_PREFIX = "MTP_ROUTER_"
 HOME_VARIABLE = "MTP_ROUTER_HOME"
 CONFIG_VARIABLE = "MTP_ROUTER_CONFIG"
+BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
 
 # Names travel in logs, health names and error metadata, so they are kept plain.
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
@@ -126,15 +127,44 @@ class LlamaCppSettings(_Table):
     restart_backoff_max: float = Field(30.0, gt=0.0, description="longest time between restarts, seconds")
 
 
+class MlxSettings(_Table):
+    """`[backends.NAME]` with kind "mlx": the engine in this process. One at most."""
+
+    kind: Literal["mlx"] = "mlx"
+    allow_cpu: bool = Field(False, description="serve on a machine with neither Metal nor CUDA, where it is slow")
+    openblas: bool = Field(False, description="fast fp32 matmuls on a Linux CPU; replays are then best effort")
+    parallel: int = Field(8, ge=1, le=256, description="requests that decode together")
+    max_queued: int = Field(256, ge=0, le=100_000, description="requests that may wait")
+    slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds a stream may wait for its reader")
+    prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens per step; a cancel waits for one step")
+    unseeded_rule: Literal["auto", "coupling", "rejection"] = Field(
+        "auto", description="how drafts are accepted without a seed; auto: what accepted more at load"
+    )
+    wiring_check: Literal["off", "warn", "refuse"] = Field(
+        "warn", description="what to do where a head predicts no better than chance at load"
+    )
+
+
+BackendSettings = Annotated[LlamaCppSettings | MlxSettings, Field(discriminator="kind")]
+
+
 class ModelSettings(_Table):
     """`[models.NAME]`: one model to serve."""
 
-    path: Path = Field(description="GGUF file; relative paths start at the settings file, else at the data folder")
+    path: Path = Field(
+        description="GGUF file or checkpoint folder; relative paths start at the settings file, else at the data folder"
+    )
+    gguf: Path | None = Field(
+        None, description="the same model as GGUF, for where its checkpoint has no head or no fast device"
+    )
+    head_path: Path | None = Field(
+        None, description="where a checkpoint's head lies, if not in it: a safetensors file or the original's folder"
+    )
     aliases: tuple[ModelName, ...] = ()
     backend: BackendName | None = Field(None, description="backend to use; unset: chosen by what the files can do")
     context_length: int | None = Field(None, ge=16, description="tokens of context; unset: the model's own, up to 8192")
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
-    draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round by backends that fix it at start")
+    draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
     sampling: SamplingSettings = SamplingSettings()
 
 
@@ -147,7 +177,7 @@ class Settings(BaseSettings):
 
     server: ServerSettings = ServerSettings()
     sampling: SamplingSettings = SamplingSettings()
-    backends: dict[BackendName, LlamaCppSettings] = Field(default_factory=lambda: {"llama_cpp": LlamaCppSettings()})
+    backends: dict[BackendName, BackendSettings] = Field(default_factory=dict, validate_default=True)
     models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
 
     @classmethod
@@ -161,6 +191,25 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment wins over the file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _built_in_backends(cls, value: Any) -> Any:
+        """`llama_cpp` and `mlx` are there without being written down, and their names imply their kinds."""
+        if not isinstance(value, Mapping):
+            return value
+        built_in = {name: {"kind": name} for name in BUILT_IN_BACKENDS}
+        for name, table in value.items():
+            built_in[name] = {**built_in.get(name, {}), **table} if isinstance(table, Mapping) else table
+        return built_in
+
+    @field_validator("backends")
+    @classmethod
+    def _one_engine(cls, value: dict[str, Any]) -> dict[str, Any]:
+        engines = [name for name, backend in value.items() if isinstance(backend, MlxSettings)]
+        if len(engines) > 1:
+            raise ValueError(f"only one backend can be of kind 'mlx', not {', '.join(engines)}")
+        return value
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -199,7 +248,8 @@ def load_settings(path: Path | None = None) -> Settings:
 
 
 def _absolute(model: ModelSettings, base: Path) -> ModelSettings:
-    return model.model_copy(update={"path": base / model.path.expanduser()})
+    paths = {"path": model.path, "gguf": model.gguf, "head_path": model.head_path}
+    return model.model_copy(update={key: base / path.expanduser() for key, path in paths.items() if path is not None})
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from router.domain import (
     GenerationRequest,
     Loading,
     ModelState,
+    Offer,
     TokenCount,
 )
 
@@ -35,6 +36,9 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Ends every generation and frees everything. Safe to call twice."""
+
+    def offer(self) -> Offer:
+        """What routing should know of this backend; valid after `start`."""
 
     def status(self) -> BackendStatus:
         """Health as last seen; no I/O."""

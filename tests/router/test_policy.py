@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from support.scripted import ALL_FIELDS, entry, facts
 
+from router.catalog import ModelEntry
 from router.domain import (
     BackendKind,
     Capability,
@@ -17,6 +18,8 @@ from router.domain import (
     GenerationRequest,
     Message,
     MessagesPrompt,
+    ModelFormat,
+    Offer,
     ReasoningMode,
     ResponseFormat,
     Role,
@@ -29,7 +32,8 @@ from router.policy import check_request, choose_route
 
 TEXT = GenerationRequest("tiny", TextPrompt("Hi"))
 CHAT = GenerationRequest("tiny", MessagesPrompt((Message(Role.USER, "Hi"),)))
-BACKENDS = {"b": BackendKind.LLAMA_CPP, "a": BackendKind.LLAMA_CPP, "o": BackendKind.OLLAMA}
+OFFERS = {"b": Offer(BackendKind.LLAMA_CPP), "a": Offer(BackendKind.LLAMA_CPP), "m": Offer(BackendKind.MLX)}
+SLOW = {**OFFERS, "m": Offer(BackendKind.MLX, refusal="there is only a CPU")}
 
 
 def without(capability: Capability) -> object:
@@ -44,7 +48,7 @@ def reason_of(request: GenerationRequest, model: object, drafting: Drafting | No
 
 
 def test_a_gguf_goes_to_llama_cpp_and_says_why() -> None:
-    route = choose_route("alias", entry(), BACKENDS)
+    route, _ = choose_route("alias", entry(), OFFERS)
     assert (route.requested_model, route.model, route.backend, route.kind) == (
         "alias",
         "tiny",
@@ -55,32 +59,81 @@ def test_a_gguf_goes_to_llama_cpp_and_says_why() -> None:
     assert "no drafting: no head" in route.reason
 
 
-@pytest.mark.parametrize(("speculation", "said"), [("auto", "drafting 5 tokens a round"), ("off", "switch off")])
+@pytest.mark.parametrize(("speculation", "said"), [("auto", "drafts with its own"), ("off", "switch off")])
 def test_the_reason_tells_of_a_head(speculation: str, said: str) -> None:
     base = facts()
     model = entry(
         model_facts=replace(base, capabilities={**base.capabilities, Capability.MTP: CapabilityFact(True, "nextn")}),
         speculation=speculation,
-        draft_depth=5,
     )
-    assert said in choose_route("tiny", model, BACKENDS).reason
+    assert said in choose_route("tiny", model, OFFERS)[0].reason
 
 
 def test_the_settings_may_name_the_backend() -> None:
-    route = choose_route("tiny", entry(backend="b"), BACKENDS)
+    route, _ = choose_route("tiny", entry(backend="b"), OFFERS)
     assert route.backend == "b"
     assert "settings" in route.reason
 
 
 def test_no_backend_for_the_file() -> None:
     with pytest.raises(RouterError) as caught:
-        choose_route("tiny", entry(), {"o": BackendKind.OLLAMA})
+        choose_route("tiny", entry(), {"m": Offer(BackendKind.MLX)})
     assert caught.value.reason is ErrorReason.BACKEND_UNAVAILABLE
+
+
+def checkpoint(*, head: bool = True, gguf: bool = True, **overrides: object) -> ModelEntry:
+    base = facts(format=ModelFormat.CHECKPOINT, **overrides)
+    head_fact = CapabilityFact(head, "mtp.fc.weight" if head else "declared but absent: mtp_num_hidden_layers = 1")
+    base = replace(base, capabilities={**base.capabilities, Capability.MTP: head_fact})
+    model = entry("cp", model_facts=base, path="/nowhere/cp")
+    return replace(model, gguf=entry("cp") if gguf else None)
+
+
+@pytest.mark.parametrize(
+    ("model", "offers", "backend", "said"),
+    [
+        (checkpoint(), OFFERS, "m", "mtp.fc.weight"),
+        (checkpoint(gguf=False), OFFERS, "m", "mtp.fc.weight"),
+        (checkpoint(head=False), OFFERS, "a", "declared but absent"),
+        (checkpoint(head=False, gguf=False), OFFERS, "m", "no drafting: declared but absent"),
+        (checkpoint(), SLOW, "a", "only a CPU"),
+        (checkpoint(problem="cp: config.json is cut short"), OFFERS, "a", "cut short"),
+    ],
+)
+def test_a_checkpoint_goes_where_its_head_can_be_used(
+    model: ModelEntry, offers: dict[str, Offer], backend: str, said: str
+) -> None:
+    route, served = choose_route("cp", model, offers)
+    assert route.backend == backend
+    assert said in route.reason
+    assert served.facts.format is (ModelFormat.CHECKPOINT if backend == "m" else ModelFormat.GGUF)
+
+
+@pytest.mark.parametrize(
+    ("model", "offers", "reason"),
+    [
+        (checkpoint(gguf=False), SLOW, ErrorReason.BACKEND_UNAVAILABLE),
+        (checkpoint(gguf=False), {"a": Offer(BackendKind.LLAMA_CPP)}, ErrorReason.BACKEND_UNAVAILABLE),
+        (checkpoint(gguf=False, problem="broken"), OFFERS, ErrorReason.MODEL_LOAD_FAILED),
+    ],
+)
+def test_a_checkpoint_that_nothing_can_serve(model: ModelEntry, offers: dict[str, Offer], reason: ErrorReason) -> None:
+    with pytest.raises(RouterError) as caught:
+        choose_route("cp", model, offers)
+    assert caught.value.reason is reason
+
+
+def test_the_settings_cannot_name_a_backend_for_other_files() -> None:
+    with pytest.raises(RouterError, match="serves no gguf files"):
+        choose_route("tiny", entry(backend="m"), OFFERS)
+    slow = replace(checkpoint(), settings=entry(backend="m").settings)
+    with pytest.raises(RouterError, match="only a CPU"):
+        choose_route("cp", slow, SLOW)
 
 
 def test_a_broken_file_is_refused_with_its_problem() -> None:
     with pytest.raises(RouterError) as caught:
-        choose_route("tiny", entry(model_facts=facts(problem="tiny.gguf does not exist")), BACKENDS)
+        choose_route("tiny", entry(model_facts=facts(problem="tiny.gguf does not exist")), OFFERS)
     assert caught.value.reason is ErrorReason.MODEL_LOAD_FAILED
     assert "does not exist" in caught.value.message
 

@@ -22,6 +22,7 @@ from router.domain import (
     Loading,
     ModelFacts,
     ModelState,
+    Offer,
     Started,
     TokenCount,
     Usage,
@@ -77,6 +78,9 @@ class ScriptedBackend:
 
     async def close(self) -> None:
         self.closed = True
+
+    def offer(self) -> Offer:
+        return Offer(self.kind)
 
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, self.kind, self.state, active_requests=self.running)
