@@ -1,0 +1,166 @@
+"""What a model's files show of it: one function per format, from headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
+from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+from router.gguf import GgufError, GgufHeader, read_gguf_header
+
+THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
+MAX_TEMPLATE_BYTES = 8 * 2**20  # tokenizer configs of large vocabularies reach a few megabytes
+
+Facts = Mapping[Capability, CapabilityFact]
+
+
+def read_facts(path: Path, head_path: Path | None = None) -> ModelFacts:
+    """What the GGUF file or checkpoint folder at `path` shows; a problem instead where it cannot be read.
+
+    Args:
+        head_path: where else a checkpoint's head may lie.
+    """
+    return _checkpoint_facts(path, head_path) if path.is_dir() else _gguf_facts(path)
+
+
+def _gguf_facts(path: Path) -> ModelFacts:
+    try:
+        header = read_gguf_header(path)
+    except FileNotFoundError:
+        return ModelFacts(problem=f"{path.name} does not exist")
+    except OSError as error:
+        return ModelFacts(problem=f"{path.name} cannot be read: {error.strerror}")
+    except GgufError as error:
+        return ModelFacts(problem=f"{path.name} is not a usable GGUF file: {error}")
+    template = header.chat_template
+    return ModelFacts(
+        format=ModelFormat.GGUF,
+        architecture=header.architecture,
+        quantization=header.quantization,
+        context_length=header.context_length,
+        size_bytes=header.file_bytes,
+        capabilities=_gguf_capabilities(header),
+        reasoning_switch=THINKING_SWITCH in template,
+    )
+
+
+def _gguf_capabilities(header: GgufHeader) -> Facts:
+    has_template = bool(header.chat_template)
+    return {
+        Capability.CHAT: CapabilityFact(
+            has_template, f"tokenizer.chat_template is {'present' if has_template else 'absent'}"
+        ),
+        Capability.MTP: _gguf_head(header),
+        Capability.REASONING: _reasoning(header.chat_template),
+        Capability.TOOLS: CapabilityFact(False, "the llama.cpp backend does not pass tools through yet"),
+        Capability.JSON_SCHEMA: CapabilityFact(True, "llama.cpp turns JSON Schema into a grammar"),
+        Capability.LOGPROBS: CapabilityFact(True, "llama.cpp returns them per token"),
+        Capability.COUNT_TOKENS: CapabilityFact(True, "llama.cpp tokenizes without generating"),
+        Capability.TOKEN_PROMPT: CapabilityFact(True, "llama.cpp takes token ids"),
+    }
+
+
+def _gguf_head(header: GgufHeader) -> CapabilityFact:
+    key, heads, tensor = f"{header.architecture}.nextn_predict_layers", header.mtp_layers, header.mtp_tensor
+    if not heads:
+        return CapabilityFact(False, f"no {key} in the file's metadata")
+    if tensor is None:
+        return CapabilityFact(False, f"{key} = {heads} is declared, but no nextn.eh_proj tensor is in the file")
+    return CapabilityFact(True, f"{key} = {heads} and tensor {tensor}")
+
+
+def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
+    try:
+        report = inspect_checkpoint(path, head_path)
+    except EngineError as error:
+        return ModelFacts(format=ModelFormat.CHECKPOINT, problem=f"{path.name}: {error.detail}")
+    template = _checkpoint_template(path)
+    problem = ""
+    if report.trunk_driver is None:
+        problem = f"{path.name}: the engine has no driver for model_type {report.family!r}"
+    elif not report.has_tokenizer:
+        problem = f"{path.name} has no tokenizer.json"
+    return ModelFacts(
+        format=ModelFormat.CHECKPOINT,
+        architecture=report.family,
+        quantization=_checkpoint_quantization(report),
+        context_length=report.context_length,
+        size_bytes=report.weight_bytes,
+        capabilities=_checkpoint_capabilities(report, template),
+        reasoning_switch=THINKING_SWITCH in template,
+        problem=problem,
+    )
+
+
+def _checkpoint_capabilities(report: CheckpointReport, template: str) -> Facts:
+    return {
+        Capability.CHAT: CapabilityFact(bool(template), f"a chat template is {'present' if template else 'absent'}"),
+        Capability.MTP: CapabilityFact(report.mtp.status is MTPStatus.PRESENT, head_evidence(report)),
+        Capability.REASONING: _reasoning(template),
+        Capability.TOOLS: CapabilityFact(False, "the MLX engine does not pass tools through yet"),
+        Capability.JSON_SCHEMA: CapabilityFact(False, "the MLX engine has no grammars yet"),
+        Capability.LOGPROBS: CapabilityFact(False, "the MLX engine does not return them yet"),
+        Capability.COUNT_TOKENS: CapabilityFact(True, "the tokenizer counts without generating"),
+        Capability.TOKEN_PROMPT: CapabilityFact(True, "the MLX engine takes token ids"),
+    }
+
+
+def head_evidence(report: CheckpointReport) -> str:
+    """One sentence on a checkpoint's multi-token-prediction head, with the key and a tensor that show it."""
+    mtp = report.mtp
+    declared = f"{mtp.declared_by} = {mtp.declared}" if mtp.declared_by else "nothing declared in config.json"
+    match mtp.status:
+        case MTPStatus.PRESENT:
+            return f"{declared}; {len(mtp.tensors)} tensors, such as {mtp.evidence[0]}"
+        case MTPStatus.INCOMPLETE:
+            return f"{declared}, but {len(mtp.missing)} tensors are absent or misshapen, such as {mtp.missing[0]}"
+        case MTPStatus.NO_DRIVER:
+            return f"{declared}; {len(mtp.tensors)} tensors are there, but no driver for {report.family}"
+        case MTPStatus.DECLARED_BUT_ABSENT:
+            return f"declared but absent: {declared}, and no tensor of a head is in the files"
+        case MTPStatus.NONE:
+            return f"{declared}, and no tensor of a head in the files"
+
+
+def _checkpoint_quantization(report: CheckpointReport) -> str:
+    stored = report.quantization
+    if stored is None:
+        return "none"
+    bits = f" {stored.bits}-bit" if stored.bits else ""
+    group = f" group {stored.group_size}" if stored.group_size else ""
+    return f"{stored.mode}{bits}{group}"
+
+
+def _checkpoint_template(path: Path) -> str:
+    """The chat template's text, from its own file or from the tokenizer's config; "" where there is none."""
+    plain = _read_text(path / "chat_template.jinja")
+    if plain:
+        return plain
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            template = json.loads(_read_text(path / name) or "{}").get("chat_template", "")
+        except (ValueError, RecursionError, AttributeError):
+            continue
+        if isinstance(template, list):  # several named templates
+            template = "\n".join(str(item.get("template", "")) for item in template if isinstance(item, dict))
+        if isinstance(template, str) and template:
+            return template
+    return ""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_TEMPLATE_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _reasoning(template: str) -> CapabilityFact:
+    if THINKING_SWITCH in template:
+        return CapabilityFact(True, f"the chat template reads {THINKING_SWITCH}")
+    if "<think>" in template:
+        return CapabilityFact(True, f"the chat template writes <think> and has no {THINKING_SWITCH} switch")
+    return CapabilityFact(False, "the chat template knows no thinking")
