@@ -1,0 +1,113 @@
+"""The catalog over real files: names, evidence, and files that cannot be served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.gguf_files import Script, write_script_model
+
+from mlx_mtp_backend.synthetic import Recipe, write
+from router.catalog import build_catalog
+from router.domain import BackendKind, Capability, ErrorReason, ModelFormat, Offer, RouterError
+from router.facts import read_facts
+from router.policy import choose_route
+from router.settings import ModelSettings, SamplingSettings, Settings
+
+OFFERS = {"llama_cpp": Offer(BackendKind.LLAMA_CPP), "mlx": Offer(BackendKind.MLX)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """small.gguf, and the checkpoints with (head, shards), (side, its own file) and without (bare) a head."""
+    folder = tmp_path_factory.mktemp("models")
+    write_script_model(folder / "small.gguf", {"a": Script(["b", "c"])})
+    for name, head in (("head", "shards"), ("side", "side"), ("bare", "none")):
+        write(folder / name, Recipe(head=head, layers=2))
+    return folder
+
+
+def test_pulled_files_are_served_by_their_names(files: Path) -> None:
+    settings = Settings(models={"mine": ModelSettings(path=files / "small.gguf", aliases=("default",))})
+    catalog = build_catalog(settings, files)
+    assert [entry.name for entry in catalog.entries] == ["mine", "small"]
+    assert catalog.resolve("default").name == "mine"
+    taken = Settings(models={"mine": ModelSettings(path=files / "small.gguf", aliases=("small",))})
+    assert [entry.name for entry in build_catalog(taken, files).entries] == ["mine"]
+
+
+def test_an_unknown_name_lists_the_known_ones(files: Path) -> None:
+    with pytest.raises(RouterError, match=r"no model named 'x'.*small") as caught:
+        build_catalog(Settings(), files).resolve("x")
+    assert caught.value.reason is ErrorReason.MODEL_NOT_FOUND
+    with pytest.raises(RouterError, match="pull smollm2"):
+        build_catalog(Settings(), files / "empty").resolve("x")
+
+
+def test_sampling_defaults_of_the_model_win(files: Path) -> None:
+    settings = Settings(
+        sampling=SamplingSettings(temperature=0.1, top_k=5),
+        models={"m": ModelSettings(path=files / "small.gguf", sampling=SamplingSettings(temperature=0.0))},
+    )
+    merged = build_catalog(settings, files / "empty").resolve("m").sampling
+    assert (merged.temperature, merged.top_k, merged.top_p) == (0.0, 5, None)
+
+
+def test_context_is_the_setting_or_the_models_own_up_to_a_bound(files: Path) -> None:
+    entries = {
+        name: build_catalog(Settings(models={"m": model}), files / "empty").resolve("m")
+        for name, model in {
+            "own": ModelSettings(path=files / "small.gguf"),
+            "set": ModelSettings(path=files / "small.gguf", context_length=64),
+        }.items()
+    }
+    own = entries["own"].facts.context_length
+    assert own is not None
+    assert entries["own"].context_length == min(own, 8192)
+    assert entries["set"].context_length == 64
+
+
+@pytest.mark.parametrize(("name", "file"), [("head", "model-"), ("side", "mtp.safetensors")])
+def test_a_head_is_shown_by_its_tensors(files: Path, name: str, file: str) -> None:
+    facts = read_facts(files / name)
+    assert facts.format is ModelFormat.CHECKPOINT
+    assert facts.can(Capability.MTP)
+    evidence = facts.capabilities[Capability.MTP].evidence
+    assert "mtp_num_hidden_layers = 1" in evidence
+    assert file in evidence
+
+
+def test_a_removed_head_is_declared_but_absent_and_routed_elsewhere(files: Path) -> None:
+    facts = read_facts(files / "bare")
+    assert not facts.can(Capability.MTP)
+    assert "declared but absent" in facts.capabilities[Capability.MTP].evidence
+    models = {"m": ModelSettings(path=files / "bare", gguf=files / "small.gguf")}
+    route, served = choose_route("m", build_catalog(Settings(models=models), files / "empty").resolve("m"), OFFERS)
+    assert route.kind is BackendKind.LLAMA_CPP
+    assert "declared but absent" in route.reason
+    assert served.path == files / "small.gguf"
+    models = {"m": ModelSettings(path=files / "head", gguf=files / "small.gguf")}
+    route, _ = choose_route("m", build_catalog(Settings(models=models), files / "empty").resolve("m"), OFFERS)
+    assert route.kind is BackendKind.MLX
+
+
+def test_a_gguf_without_a_head_says_which_key_is_absent(files: Path) -> None:
+    fact = read_facts(files / "small.gguf").capabilities[Capability.MTP]
+    assert fact.supported is False
+    assert "llama.nextn_predict_layers" in fact.evidence
+
+
+def test_files_that_cannot_be_served_say_why(files: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((files / "small.gguf").read_bytes()[:100])
+    no_config = tmp_path / "empty"
+    no_config.mkdir()
+    runs_code = tmp_path / "code"
+    runs_code.mkdir()
+    (runs_code / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "auto_map": {"AutoModel": "x.y"}}))
+    problems = {path.name: read_facts(path).problem for path in (tmp_path / "absent.gguf", cut, no_config, runs_code)}
+    assert "does not exist" in problems["absent.gguf"]
+    assert "cut short" in problems["cut.gguf"]
+    assert "config.json" in problems["empty"]
+    assert problems["code"]
