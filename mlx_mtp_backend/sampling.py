@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_mtp_backend import noise
 from mlx_mtp_backend.api import Sampling
+from mlx_mtp_backend.host import flags
 
 # A nucleus is looked for among this many candidates; a row whose nucleus is wider is sorted whole.
 NUCLEUS_WIDTH = 1024
@@ -60,8 +61,8 @@ def transform(logits: mx.array, sampling: Sampling, *, exact: bool = True) -> La
     law, covered = _truncate(logits, sampling, width)
     if not exact or width == vocab_size or sampling.top_k:
         return law
-    flags = [bool(flag.item()) for flag in covered]
-    return law if all(flags) else _widen(logits, sampling, flags)
+    rows = flags(covered)
+    return law if all(rows) else _widen(logits, sampling, rows)
 
 
 def choose(law: Law, seed: int, positions: mx.array, stream: noise.Stream) -> mx.array:

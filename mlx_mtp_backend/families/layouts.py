@@ -18,7 +18,7 @@ class HeadLayout:
     """What a family's driver needs to find.
 
     Attributes:
-        driver: module with `load`, imported only when a model is loaded.
+        driver: module that is a families.base.Driver, imported only when a model is loaded.
         tensors: from the text config, each tensor of the head (name without prefix) and its unquantised shape.
     """
 
@@ -53,7 +53,7 @@ def qwen3_5_head(config: dict[str, Any]) -> dict[str, Shape]:
     }
 
 
-LAYOUTS = {"qwen3_5": HeadLayout("mlx_mtp_backend.families.qwen3_5", qwen3_5_head)}
+LAYOUTS = {"qwen3_5": HeadLayout("mlx_mtp_backend.families.qwen3_5_load", qwen3_5_head)}
 # The text-only spelling of the same architecture.
 LAYOUTS["qwen3_5_text"] = LAYOUTS["qwen3_5"]
 

@@ -1,0 +1,65 @@
+"""Keys and values of full attention, rolled back by moving an offset."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+STEP = 256
+
+
+class KVCache:
+    """Rows [0, offset) of a buffer that grows in steps.
+
+    MLX writes into the buffer in place as long as nothing else refers to it; a second reference would cost a copy of
+    the whole buffer each pass. So a transaction is an offset, and rows past the offset are junk that the next pass
+    writes over.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._mark = 0
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    def begin(self) -> None:
+        self._mark = self.offset
+
+    def commit(self, keep: int) -> None:
+        self.offset = self._mark + keep
+
+    def abort(self) -> None:
+        self.offset = self._mark
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [] if self._keys is None or self._values is None else [self._keys, self._values]
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add rows and return all of them.
+
+        Args:
+            keys, values: [1, kv heads, rows, head size].
+
+        Returns:
+            keys and values, [1, kv heads, offset + rows, head size].
+        """
+        start, end = self.offset, self.offset + keys.shape[2]
+        old_keys, old_values = self._keys, self._values
+        if old_keys is None or old_values is None or end > old_keys.shape[2]:
+            self._keys, self._values = _grown(old_keys, keys, start, end), _grown(old_values, values, start, end)
+        del old_keys, old_values
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys[..., start:end, :] = keys
+        self._values[..., start:end, :] = values
+        self.offset = end
+        return self._keys[..., :end, :], self._values[..., :end, :]
+
+
+def _grown(buffer: mx.array | None, rows: mx.array, used: int, needed: int) -> mx.array:
+    """A buffer with room for `needed` rows; by at least a quarter, so that a long reply copies it seldom."""
+    present = 0 if buffer is None else buffer.shape[2]
+    size = -(-max(needed, present + present // 4) // STEP) * STEP
+    batch, heads, _, width = rows.shape
+    room = mx.zeros((batch, heads, size - used, width), rows.dtype)
+    return room if buffer is None else mx.concatenate([buffer[..., :used, :], room], axis=2)

@@ -1,0 +1,179 @@
+"""Prefill, and the round: draft, verify in one pass, accept, commit.
+
+Everything here takes a list of sequences; rows of all of them share a pass. A round is a transaction: whatever goes
+wrong while its graph is built leaves every sequence as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp_backend import acceptance, cache, sampling
+from mlx_mtp_backend.acceptance import Outcome
+from mlx_mtp_backend.drafters import Draft, Drafter
+from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
+from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.sequence import Sequence
+
+
+class DeviceFailure(Exception):
+    """An evaluation failed: the caches of every sequence in that pass are lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a round did for one sequence: its new tokens, or why it cannot go on."""
+
+    tokens: list[int]
+    error: EngineError | None = None
+
+
+def evaluate(arrays: list[mx.array]) -> None:
+    """mx.eval, with what the device throws made distinguishable."""
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:
+        raise DeviceFailure(str(error)[:200]) from error
+
+
+def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | None:
+    """Run the next chunk of the prompt; chunks are aligned to absolute positions, so that they are the same for any
+    prompt that shares the tokens.
+
+    Returns:
+        None before the last chunk; after it the first token.
+    """
+    start = sequence.prefilled
+    end = min(sequence.prompt_length, (start // chunk + 1) * chunk)
+    sequence.begin()
+    try:
+        hidden = model.trunk(mx.array(sequence.tokens[start:end], mx.int32), [Segment(sequence.trunk, end - start)])
+        primed = _prime_head(model, sequence, hidden.carried, start)
+        last = end == sequence.prompt_length
+        logits = model.logits(hidden.normed[-1:]) if last else None
+        law = None if logits is None else sampling.transform(logits, sequence.sampling)
+    except BaseException:
+        sequence.abort()
+        raise
+    cache.commit(sequence.trunk, end - start)
+    cache.commit(sequence.head, primed)
+    sequence.prefilled = end
+    sequence.pending = hidden.carried[-1:] if sequence.head else None
+    settled = [array for layer in sequence.caches for array in layer.arrays]
+    if logits is None or law is None:
+        evaluate([*settled, hidden.carried])
+        return None
+    token = sampling.choose(law, sequence.seed, mx.array([end]), Stream.TARGET)
+    finite = mx.all(mx.isfinite(logits), axis=-1)
+    evaluate([*settled, token, finite])
+    return _settle(sequence, ints(token), flags(finite))
+
+
+def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
+    """Run the head over the prompt's slots, one behind the trunk: the last slot needs a token not known yet.
+
+    Returns:
+        how many slots it ran.
+    """
+    if not sequence.head:
+        return 0
+    before = sequence.pending
+    slots = carried[:-1] if before is None else mx.concatenate([before, carried[:-1]])
+    count = slots.shape[0]
+    if count:
+        first = start if before is None else start - 1
+        tokens = mx.array(sequence.tokens[first + 1 : first + 1 + count], mx.int32)
+        model.head(tokens, slots, [Segment(sequence.head, count)])
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A round's graph, not evaluated."""
+
+    drafts: list[Draft | None]
+    segments: list[Segment]
+    hidden: Hidden
+    outcomes: list[Outcome]
+    finite: mx.array
+
+
+def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list[Committed]:
+    """One round for sequences that are past their prefill.
+
+    Raises:
+        DeviceFailure: the evaluation failed; these sequences are lost.
+        Exception: anything else was raised while the graph was built, and no sequence has changed.
+    """
+    for sequence in sequences:
+        sequence.begin()
+    try:
+        built = _build(model, drafter, sequences)
+    except BaseException:
+        for sequence in sequences:
+            sequence.abort()
+        raise
+    drafted = [draft.tokens for draft in built.drafts if draft is not None]
+    verdicts = [array for outcome in built.outcomes for array in (outcome.stands, outcome.token)]
+    evaluate([*drafted, *verdicts, built.finite, built.hidden.carried])
+    return [_commit(sequence, built, row) for row, sequence in enumerate(sequences)]
+
+
+def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
+    drafts = drafter.draft(sequences)
+    rows: list[mx.array] = []
+    for sequence, draft in zip(sequences, drafts, strict=True):
+        rows.append(mx.array(sequence.tokens[-1:], mx.int32))
+        if draft is not None:
+            rows.append(draft.tokens)
+    segments = [
+        Segment(sequence.trunk, 1 + (draft.tokens.shape[0] if draft else 0))
+        for sequence, draft in zip(sequences, drafts, strict=True)
+    ]
+    hidden = model.trunk(mx.concatenate(rows), segments)
+    logits = model.logits(hidden.normed)
+    outcomes = [
+        _judge(sequence, draft, logits[part], model.vocab_size)
+        for sequence, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
+    ]
+    return _Built(drafts, segments, hidden, outcomes, mx.all(mx.isfinite(logits), axis=-1))
+
+
+def _judge(sequence: Sequence, draft: Draft | None, logits: mx.array, vocab_size: int) -> Outcome:
+    length = len(sequence.tokens)
+    positions = mx.arange(length, length + logits.shape[0])
+    p = sampling.transform(logits, sequence.sampling)
+    tokens = mx.array([], mx.int32) if draft is None else draft.tokens
+    q = None if draft is None else draft.law
+    return acceptance.judge(sequence.rule, p, q, tokens, vocab_size, sequence.seed, positions)
+
+
+def _commit(sequence: Sequence, built: _Built, row: int) -> Committed:
+    """Accept left to right and keep exactly the rows that stand. Committed slots wait for the head with their true
+    hiddens; rows it ran on its own output are dropped."""
+    draft, part = built.drafts[row], split_rows(built.segments)[row]
+    outcome = built.outcomes[row]
+    drafts = [] if draft is None else ints(draft.tokens)
+    stands = flags(outcome.stands)
+    tokens = acceptance.committed(drafts, stands, ints(outcome.token))
+    cache.commit(sequence.trunk, len(tokens))
+    if draft is not None and sequence.pending is not None:
+        cache.commit(sequence.head, sequence.pending.shape[0])
+        sequence.pending = None
+    else:
+        cache.abort(sequence.head)
+    sequence.keep_pending(built.hidden.carried[part][: len(tokens)])
+    sequence.count(len(drafts), len(tokens) - 1)
+    return _settle(sequence, tokens, flags(built.finite[part])[: len(tokens)])
+
+
+def _settle(sequence: Sequence, tokens: list[int], finite: list[bool]) -> Committed:
+    if not all(finite):
+        detail = "the model gave logits that are not finite"
+        return Committed([], EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
+    sequence.tokens += tokens
+    return Committed(tokens)

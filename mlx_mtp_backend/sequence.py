@@ -1,0 +1,86 @@
+"""One sequence as the rounds see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_mtp_backend import cache
+from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.cache import LayerCache
+from mlx_mtp_backend.families.base import Model
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, caches and counters of one request.
+
+    Between rounds: the trunk has seen `tokens[:-1]`, the newest token has not been run; the head has seen the slots
+    whose trunk hiddens are not in `pending`.
+
+    Attributes:
+        tokens: prompt and committed tokens.
+        limit: the length at which the sequence must stop.
+        depth: drafts a round.
+        pending: trunk hiddens [m, hidden size] of the last m slots, which the head still has to run; None if it never
+            will. Slot p pairs hidden p with token p + 1.
+        drafted, accepted: verified and accepted drafts per draft position.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    limit: int
+    sampling: Sampling
+    seed: int
+    rule: Rule
+    depth: int
+    trunk: list[LayerCache]
+    head: list[LayerCache]
+    prefilled: int = 0
+    pending: mx.array | None = None
+    rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.prefilled < self.prompt_length
+
+    @property
+    def round_depth(self) -> int:
+        """Drafts for the next round: no more than could be committed beside the round's own token."""
+        return max(0, min(self.depth, self.limit - len(self.tokens) - 1)) if self.head else 0
+
+    @property
+    def caches(self) -> list[LayerCache]:
+        return [*self.trunk, *self.head]
+
+    def begin(self) -> None:
+        cache.begin(self.caches)
+
+    def abort(self) -> None:
+        cache.abort(self.caches)
+
+    def keep_pending(self, carried: mx.array) -> None:
+        """Note trunk hiddens [m, hidden size] of newly committed slots for the head."""
+        if self.head:
+            self.pending = carried if self.pending is None else mx.concatenate([self.pending, carried])
+
+    def count(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        grow = drafted - len(self.drafted)
+        if grow > 0:
+            self.drafted += [0] * grow
+            self.accepted += [0] * grow
+        for position in range(drafted):
+            self.drafted[position] += 1
+            self.accepted[position] += position < accepted
+
+
+def start(
+    model: Model, prompt: tuple[int, ...], *, sampling: Sampling, seed: int, rule: Rule, depth: int, limit: int
+) -> Sequence:
+    """A sequence that nothing has been run for. Without drafts to make, the head is left out for good."""
+    head = model.head_caches() if depth > 0 else []
+    return Sequence(list(prompt), len(prompt), limit, sampling, seed, rule, depth, model.trunk_caches(), head)
