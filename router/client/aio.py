@@ -42,6 +42,10 @@ class AsyncAnswer(AnswerRecord):
         self._closed = True
         self._call.cancel()
 
+    def __del__(self) -> None:
+        # gRPC's own tasks keep the call alive, so dropping the answer alone would not end it, as it does in sync.py.
+        self._call.cancel()
+
     def __aiter__(self) -> AsyncIterator[v1.GenerationDelta]:
         return self
 
