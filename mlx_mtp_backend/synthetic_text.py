@@ -10,10 +10,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|im_end|>"
-SPECIALS = ["<|endoftext|>", "<|im_start|>", END, "<think>", "</think>"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", END]
+# Tokens of their own, but part of the text, as released Qwen tokenizers have them.
+REASONING = ["<think>", "</think>"]
 
 PASSAGE = """\
 The checkout service slowed down when its primary database lost a disk.
@@ -63,12 +65,13 @@ def build_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(REASONING),
         special_tokens=SPECIALS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator([PASSAGE.replace("\n", " "), PASSAGE], trainer)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in REASONING])
     return tokenizer
 
 

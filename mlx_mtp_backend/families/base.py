@@ -40,11 +40,16 @@ class Hidden:
 
 
 class Model(Protocol):
-    """A loaded model. Calls build graphs and evaluate nothing; caches must be inside a transaction."""
+    """A loaded model. Calls build graphs and evaluate nothing; caches must be inside a transaction.
+
+    Attributes:
+        kernels: names and versions of custom kernels in use, "none" for stock operations; part of the fingerprint.
+    """
 
     vocab_size: int
     hidden_size: int
     has_head: bool
+    kernels: str
 
     @property
     def weight_bytes(self) -> int:

@@ -1,0 +1,114 @@
+"""From a folder to a model that may serve: inspected, loaded in slices, checked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_mtp_backend import numerics, wiring
+from mlx_mtp_backend.api import LoadOptions, LoadProgress, Rule, WiringPolicy
+from mlx_mtp_backend.checkpoint import CheckpointReport, MTPStatus, inspect_checkpoint
+from mlx_mtp_backend.drafters import Drafter, HeadDrafter
+from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.families.base import Driver, Model
+from mlx_mtp_backend.models import LoadedModel
+from mlx_mtp_backend.text import ModelText, load_text
+from mlx_mtp_backend.wiring import WiringReport
+
+# Share of the machine's memory that weights widened to fp32 may take on a CPU.
+_WIDEN_LIMIT = 0.5
+_MIN_WIRING_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resident:
+    """A loaded model with what only the MLX thread may touch."""
+
+    info: LoadedModel
+    model: Model
+    drafter: Drafter | None
+    options: LoadOptions
+
+
+def load(name: str, path: Path, options: LoadOptions) -> Generator[LoadProgress, None, Resident]:
+    """Load one checkpoint, a slice at a time; the model is the return value.
+
+    Raises:
+        EngineError: what inspection raises, FAMILY_UNSUPPORTED, WEIGHTS_MISMATCH, or HEAD_MISWIRED under
+            WiringPolicy.REFUSE.
+    """
+    started = time.monotonic()
+    report = inspect_checkpoint(path, options.head_path)
+    _check_supported(report, options)
+    text = load_text(path)
+    dtype = _dtype(report)
+    driver = cast(Driver, importlib.import_module(str(report.trunk_driver)))
+    model = yield from driver.load(path, options, dtype)
+    replay, reason = numerics.replay_class(model)
+    wired = yield from _check_wiring(model, text, options)
+    info = LoadedModel(
+        name=name,
+        path=path,
+        report=report,
+        text=text,
+        context_length=report.context_length or 0,
+        vocab_size=model.vocab_size,
+        has_head=model.has_head,
+        depth=options.depth if model.has_head else 0,
+        weight_bytes=model.weight_bytes,
+        load_seconds=time.monotonic() - started,
+        replay=replay,
+        replay_reason=reason,
+        fingerprint=numerics.fingerprint(model, dtype, options.prefill_chunk),
+        unseeded_rule=_unseeded_rule(options, wired),
+        wiring=wired,
+    )
+    return Resident(info, model, HeadDrafter(model) if model.has_head else None, options)
+
+
+def _check_supported(report: CheckpointReport, options: LoadOptions) -> None:
+    if report.trunk_driver is None:
+        raise EngineError(ErrorReason.FAMILY_UNSUPPORTED, f"no driver for model type {report.family!r}")
+    if report.context_length is None:
+        raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, "config.json gives no max_position_embeddings")
+    if report.mtp.status is MTPStatus.INCOMPLETE:
+        raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"the head lacks {', '.join(report.mtp.missing[:4])}")
+    if options.head_path is not None and report.mtp.status is not MTPStatus.PRESENT:
+        raise EngineError(ErrorReason.HEAD_MISSING, f"{options.head_path.name} holds no head", field="head_path")
+
+
+def _dtype(report: CheckpointReport) -> mx.Dtype | None:
+    """A CPU computes in fp32 where that fits: half floats are converted there for every operation."""
+    if mx.default_device().type == mx.gpu:
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return mx.float32 if 2 * report.weight_bytes < _WIDEN_LIMIT * memory else None
+
+
+def _check_wiring(
+    model: Model, text: ModelText | None, options: LoadOptions
+) -> Generator[LoadProgress, None, WiringReport | None]:
+    if options.wiring is WiringPolicy.OFF or not model.has_head or text is None:
+        return None
+    tokens = text.encode(wiring.TEXT)
+    if len(tokens) < _MIN_WIRING_TOKENS or max(tokens) >= model.vocab_size:
+        raise EngineError(ErrorReason.WEIGHTS_MISMATCH, "the tokenizer does not belong to these weights")
+    report = yield from wiring.check(model, tokens)
+    if not report.healthy and options.wiring is WiringPolicy.REFUSE:
+        raise EngineError(ErrorReason.HEAD_MISWIRED, report.summary())
+    return report
+
+
+def _unseeded_rule(options: LoadOptions, report: WiringReport | None) -> Rule:
+    if options.unseeded_rule is not None:
+        return options.unseeded_rule
+    if report is None or report.rules[Rule.REJECTION] >= report.rules[Rule.COUPLING]:
+        return Rule.REJECTION
+    return Rule.COUPLING

@@ -1,0 +1,44 @@
+"""What callers may know of a loaded model. No MLX here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_mtp_backend.api import Replay, Rule
+from mlx_mtp_backend.checkpoint import CheckpointReport
+from mlx_mtp_backend.text import ModelText
+
+if TYPE_CHECKING:
+    from mlx_mtp_backend.wiring import WiringReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model that serves.
+
+    Attributes:
+        text: tokenizer and chat template; None where the checkpoint has no tokenizer.
+        context_length: most tokens of prompt and reply together.
+        depth: drafts per round where a request does not say; 0 without a head.
+        replay, replay_reason: what a seeded reply can promise, and the evidence.
+        unseeded_rule: the acceptance rule of requests without a seed.
+        wiring: the head's check; None if it was off or there is nothing to check.
+    """
+
+    name: str
+    path: Path
+    report: CheckpointReport
+    text: ModelText | None
+    context_length: int
+    vocab_size: int
+    has_head: bool
+    depth: int
+    weight_bytes: int
+    load_seconds: float
+    replay: Replay
+    replay_reason: str
+    fingerprint: str
+    unseeded_rule: Rule
+    wiring: WiringReport | None

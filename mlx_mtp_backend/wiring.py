@@ -1,0 +1,136 @@
+"""Is the head wired right? A wrong norm, order or alignment costs acceptance and never raises, so it is measured.
+
+Teacher-forced: one trunk pass over a short text gives its choice after every prefix; one head pass over the same text
+must agree with it one position later. Against a control that is shifted by one more position, where agreement can
+only be chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp_backend import acceptance, cache, sampling
+from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
+from mlx_mtp_backend.families.base import Model, Segment
+from mlx_mtp_backend.host import number
+
+# Half prose, half code, as heads accept far more of the second.
+TEXT = '''\
+The pump stopped at six in the morning. By seven the basin was full, and the night shift had already called twice. \
+When the engineer arrived she checked the valve, then the breaker, and found that the breaker had tripped.
+
+def mean(values):
+    """Return the arithmetic mean of a list of numbers."""
+    if not values:
+        raise ValueError("values must not be empty")
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+for name in ["alpha", "beta", "gamma"]:
+    print(name, mean([1.0, 2.0, 3.0]))
+'''
+MAX_TOKENS = 192
+HEALTHY = 0.25
+MARGIN = 2.0
+BETTER = 0.02
+_ROWS_AT_ONCE = 64
+_TYPICAL = Sampling(temperature=0.6, top_p=0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class WiringReport:
+    """The check's result.
+
+    Attributes:
+        acceptance: share of positions where the head's choice is the trunk's next choice.
+        control: the same with the target one position off.
+        alternatives: acceptance of each known mistake, by name.
+        better: the alternative that beats the present wiring, if one does by more than noise.
+        rules: share of drafts each rule would keep at temperature 0.6, top-p 0.95.
+        healthy: whether the head earns trust: enough acceptance, clearly above the control.
+    """
+
+    positions: int
+    acceptance: float
+    control: float
+    alternatives: dict[str, float]
+    better: str | None
+    rules: dict[Rule, float]
+    healthy: bool
+
+    def summary(self) -> str:
+        verdict = "looks right" if self.healthy else "looks wrong"
+        advice = f"; {self.better} does better ({self.alternatives[self.better]:.2f})" if self.better else ""
+        return f"head {verdict}: acceptance {self.acceptance:.2f}, control {self.control:.2f}{advice}"
+
+
+def check(model: Model, tokens: list[int]) -> Generator[LoadProgress, None, WiringReport]:
+    """Measure the present wiring and its known alternatives, one pass a slice.
+
+    Args:
+        tokens: the text, at least 8 tokens; at most MAX_TOKENS are used.
+    """
+    tokens = tokens[:MAX_TOKENS]
+    others = model.alternatives()
+    trunk, head = teacher_forced(model, tokens)
+    agreement, control = _agreement(trunk, head, 1), _agreement(trunk, head, 2)
+    rules = {rule: _kept(rule, trunk[1:], head[:-1]) for rule in Rule}
+    alternatives = {}
+    for done, (name, other) in enumerate(others.items(), 1):
+        yield LoadProgress("wiring", done / (len(others) + 1))
+        alternatives[name] = _agreement(*teacher_forced(other, tokens), 1)
+    yield LoadProgress("wiring", 1.0)
+    best = max(alternatives, key=lambda name: alternatives[name])
+    better = best if alternatives[best] > agreement + BETTER else None
+    healthy = agreement >= HEALTHY and agreement > MARGIN * control
+    return WiringReport(len(tokens) - 2, agreement, control, alternatives, better, rules, healthy)
+
+
+def teacher_forced(model: Model, tokens: list[int]) -> tuple[mx.array, mx.array]:
+    """Logits of trunk and head over the text.
+
+    Returns:
+        trunk [T, V], whose row p predicts token p + 1, and head [T - 1, V], whose row p predicts token p + 2.
+    """
+    caches, head_caches = model.trunk_caches(), model.head_caches()
+    row = mx.array(tokens, mx.int32)
+    cache.begin(caches)
+    hidden = model.trunk(row, [Segment(caches, len(tokens))])
+    cache.begin(head_caches)
+    drafted = model.head(row[1:], hidden.carried[:-1], [Segment(head_caches, len(tokens) - 1)])
+    return _logits(model, hidden.normed), _logits(model, drafted.normed)
+
+
+def _logits(model: Model, normed: mx.array) -> mx.array:
+    """Some rows at a time: a whole text's logits of a large vocabulary are only ever needed as half floats."""
+    parts = []
+    for start in range(0, normed.shape[0], _ROWS_AT_ONCE):
+        part = model.logits(normed[start : start + _ROWS_AT_ONCE])
+        mx.eval(part)
+        parts.append(part)
+    return mx.concatenate(parts)
+
+
+def _agreement(trunk: mx.array, head: mx.array, shift: int) -> float:
+    """Share of positions where head row p and trunk row p + shift choose the same token."""
+    chosen, drafted = mx.argmax(trunk, axis=-1)[shift:], mx.argmax(head, axis=-1)
+    count = min(chosen.shape[0], drafted.shape[0])
+    return number(mx.mean((chosen[:count] == drafted[:count]).astype(mx.float32)))
+
+
+def _kept(rule: Rule, target: mx.array, draft: mx.array) -> float:
+    """Drafts each rule keeps, by drawing once at every position."""
+    count = min(target.shape[0], draft.shape[0])
+    positions = mx.arange(count)
+    p, q = sampling.transform(target[:count], _TYPICAL), sampling.transform(draft[:count], _TYPICAL)
+    drafts = sampling.choose(q, 0, positions, acceptance.draft_stream(rule))
+    if rule is Rule.COUPLING:
+        outcome = acceptance.couple(p, drafts, 0, positions)
+    else:
+        outcome = acceptance.reject(p, q, drafts, target.shape[-1], 0, positions)
+    return number(mx.mean(outcome.stands.astype(mx.float32)))
