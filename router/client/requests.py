@@ -171,7 +171,10 @@ def _set_modes(body: v1.GenerationInput, given: Mapping[str, Any]) -> None:
 
 def _duration(value: float | timedelta) -> Duration:
     duration = Duration()
-    duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    try:
+        duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    except OverflowError:
+        raise ValueError(f"time_budget {value} is out of range") from None
     return duration
 
 

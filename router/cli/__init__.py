@@ -1,0 +1,61 @@
+"""The command line, `mtp-router`. Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from router.cli.arguments import build_parser
+from router.cli.failures import FAILED, INTERRUPTED, USAGE, UsageError, as_json, describe, one_line
+from router.client import RouterCallError
+from router.pull import PullError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        status = _command(arguments.command)(arguments)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _complain(str(error), USAGE)
+    except PullError as error:
+        return _complain(str(error), FAILED)
+    except RouterCallError as error:
+        if getattr(arguments, "json", False):
+            print(as_json(error), flush=True)
+        return _complain(describe(error, arguments.target), FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has enough; without this, Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """The command of that name. Each is imported only when it runs, which keeps the others quick to start."""
+    match name:
+        case "serve":
+            from router.cli.serve import run
+        case "generate":
+            from router.cli.generate import run
+        case "chat":
+            from router.cli.chat import run
+        case "models":
+            from router.cli.models import run
+        case "pull":
+            from router.cli.pull import run
+        case "config":
+            from router.cli.config import run
+        case _:
+            raise AssertionError(name)
+    return run
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"mtp-router: {one_line(message)}", file=sys.stderr)
+    return status

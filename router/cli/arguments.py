@@ -1,0 +1,105 @@
+"""The arguments of every command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+EPILOG = """exit status: 0 done; 1 the call or the work failed; 2 wrong usage or settings; 130 interrupted"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; `command` in its result names the command."""
+    parser = argparse.ArgumentParser(
+        prog="mtp-router", description="Routes text generation to the backend that fits the model.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('mtp-router')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    settings, server, lines = _settings(), _server(), _json()
+
+    serve = commands.add_parser("serve", help="run the server until SIGTERM or Ctrl-C", parents=[settings, lines])
+    serve.add_argument("--listen", metavar="HOST:PORT", help="where to listen, instead of the settings' server.listen")
+
+    generate = commands.add_parser("generate", help="answer one prompt", parents=[settings, server, lines])
+    generate.add_argument("--model", required=True, help="name or alias")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, one user message; - reads standard input")
+    prompt.add_argument("--file", metavar="PATH", help="read the prompt from a file; - reads standard input")
+    generate.add_argument("--raw", action="store_true", help="give the text to the model without its chat template")
+    generate.add_argument("--progress", action="store_true", help="with --json: also events before the first token")
+    _generation(generate)
+
+    chat = commands.add_parser("chat", help="talk with a model", parents=[settings, server])
+    chat.add_argument("--model", required=True, help="name or alias")
+    _generation(chat)
+
+    models = commands.add_parser("models", help="list the server's models", parents=[settings, server, lines])
+    models.add_argument("name", nargs="?", help="only this model")
+    models.add_argument("--evidence", action="store_true", help="say how each capability is known")
+
+    pull = commands.add_parser("pull", help="fetch a small model", parents=[lines])
+    pull.add_argument("name", help="what to fetch, such as smollm2")
+
+    commands.add_parser("config", help="print the settings in force", parents=[settings, lines])
+    return parser
+
+
+def _settings() -> argparse.ArgumentParser:
+    part = argparse.ArgumentParser(add_help=False)
+    part.add_argument("--config", type=Path, metavar="PATH", help="settings file")
+    return part
+
+
+def _server() -> argparse.ArgumentParser:
+    part = argparse.ArgumentParser(add_help=False)
+    part.add_argument("--target", metavar="HOST:PORT", help="the server; default: the settings' server.listen")
+    part.add_argument("--deadline", type=_seconds, metavar="SECONDS", help="longest time a call may take (600)")
+    return part
+
+
+def _json() -> argparse.ArgumentParser:
+    part = argparse.ArgumentParser(add_help=False)
+    part.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    return part
+
+
+def _generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    sampling = parser.add_argument_group("sampling")
+    for name in ("temperature", "top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
+        sampling.add_argument(f"--{name}", type=float, metavar="NUMBER")
+    sampling.add_argument("--top-k", type=int, metavar="COUNT")
+    sampling.add_argument("--seed", type=int, metavar="NUMBER")
+
+    stop = parser.add_argument_group("stopping")
+    stop.add_argument("--max-tokens", type=int, dest="max_output_tokens", metavar="COUNT")
+    stop.add_argument("--min-tokens", type=int, dest="min_output_tokens", metavar="COUNT")
+    stop.add_argument("--stop", action="append", metavar="TEXT", help="text that ends the answer; may be repeated")
+    stop.add_argument("--time-budget", type=_seconds, metavar="SECONDS", help="end with the text so far after this")
+
+    shape = parser.add_argument_group("shape of the answer").add_mutually_exclusive_group()
+    shape.add_argument("--schema", type=Path, metavar="FILE", help="JSON that this JSON Schema accepts")
+    shape.add_argument("--json-object", action="store_const", const=True, help="any JSON object")
+    shape.add_argument("--regex", metavar="EXPRESSION", help="text that matches this whole")
+
+    how = parser.add_argument_group("how it is made")
+    how.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="think first; default: as the model does"
+    )
+    how.add_argument("--thinking-budget", type=int, dest="reasoning_budget_tokens", metavar="TOKENS")
+    how.add_argument("--speculation", choices=("auto", "off", "required"), help="whether drafts may be used")
+    how.add_argument("--draft-depth", type=int, metavar="TOKENS", help="draft this many tokens a round")
+    how.add_argument("--logprobs", type=int, dest="top_logprobs", metavar="COUNT", help="log-probabilities, and this "
+                     "many alternatives a token")  # fmt: skip
+    how.add_argument("--priority", choices=("interactive", "batch"))
+    how.add_argument("--correlation-id", metavar="ID", help="an id of your own for the server's logs")
+    how.add_argument("--label", action="append", metavar="KEY=VALUE", help="a fact for the logs; may be repeated")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value

@@ -1,0 +1,54 @@
+"""Settings and the address of the server, as the arguments say."""
+
+from __future__ import annotations
+
+import argparse
+
+from pydantic import ValidationError
+
+from router.cli.failures import UsageError, one_line
+from router.client import DEFAULT_DEADLINE, Client
+from router.settings import Settings, load_settings
+
+# A server may listen at every address of its host; a client needs one.
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """The settings in force. Raises UsageError."""
+    try:
+        return load_settings(arguments.config)
+    except ValidationError as error:
+        raise UsageError(describe_settings(error)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the settings: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UsageError(f"invalid settings: {one_line(str(error))}") from None
+
+
+def describe_settings(error: ValidationError) -> str:
+    """Every broken setting by its dotted name, in one line."""
+    problems = [
+        f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    ]
+    return one_line("invalid settings: " + "; ".join(problems))
+
+
+def find_target(arguments: argparse.Namespace) -> str:
+    """The server's address: --target, else where the settings tell a server to listen. Raises UsageError."""
+    if arguments.target is not None:
+        return str(arguments.target)
+    listen = read_settings(arguments).server.listen
+    if listen.startswith("unix:"):
+        return listen
+    host, _, port = listen.rpartition(":")
+    if int(port) == 0:
+        raise UsageError("the settings let the server pick a free port; name it with --target HOST:PORT")
+    return f"{REACHED_AT.get(host, host)}:{port}"
+
+
+def connect(arguments: argparse.Namespace) -> Client:
+    """A client of that server; `arguments.target` says where from here on, for messages."""
+    arguments.target = find_target(arguments)
+    return Client(arguments.target, deadline=getattr(arguments, "deadline", None) or DEFAULT_DEADLINE)
