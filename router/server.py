@@ -23,7 +23,7 @@ from router.domain import BackendState, BackendStatus
 from router.services.admin import AdminService
 from router.services.generate import GenerateService
 from router.services.models import ModelService
-from router.settings import ServerSettings, Settings, data_home
+from router.settings import LlamaCppSettings, ServerSettings, Settings, data_home
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,11 @@ class RouterServer:
 
 def build_backends(settings: Settings) -> dict[str, Backend]:
     """The configured backends by name."""
-    return {name: LlamaCppBackend(name, backend) for name, backend in settings.backends.items()}
+    backends: dict[str, Backend] = {}
+    for name, backend in settings.backends.items():
+        if isinstance(backend, LlamaCppSettings):
+            backends[name] = LlamaCppBackend(name, backend)
+    return backends
 
 
 async def run(settings: Settings, *, announce_json: bool = False) -> None:
@@ -180,6 +184,7 @@ def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
 def serve(settings: Settings, *, announce_json: bool = False) -> int:
     """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
         asyncio.run(run(settings, announce_json=announce_json))
     except ListenError as error:
