@@ -7,7 +7,7 @@ import argparse
 from pydantic import ValidationError
 
 from router.cli.failures import UsageError, one_line
-from router.client import DEFAULT_DEADLINE, Client
+from router.client import DEFAULT_DEADLINE, Client, RetryPolicy
 from router.settings import Settings, load_settings
 
 # A server may listen at every address of its host; a client needs one.
@@ -51,4 +51,5 @@ def find_target(arguments: argparse.Namespace) -> str:
 def connect(arguments: argparse.Namespace) -> Client:
     """A client of that server; `arguments.target` says where from here on, for messages."""
     arguments.target = find_target(arguments)
-    return Client(arguments.target, deadline=getattr(arguments, "deadline", None) or DEFAULT_DEADLINE)
+    # A person waits: half a second of retries, then say that there is no server.
+    return Client(arguments.target, deadline=arguments.deadline or DEFAULT_DEADLINE, retry=RetryPolicy(attempts=3))
