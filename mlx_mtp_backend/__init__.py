@@ -21,13 +21,19 @@ from mlx_mtp_backend.api import (
     WiringPolicy,
 )
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPReport, MTPStatus, inspect_checkpoint
+from mlx_mtp_backend.engine import Engine, EngineStatus
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.models import LoadedModel
+from mlx_mtp_backend.stream import Stream
+from mlx_mtp_backend.text import ModelText
 
 __all__ = [
     "CheckpointReport",
     "Delta",
+    "Engine",
     "EngineError",
     "EngineOptions",
+    "EngineStatus",
     "ErrorReason",
     "Event",
     "FinishReason",
@@ -35,14 +41,17 @@ __all__ = [
     "GenerateParams",
     "LoadOptions",
     "LoadProgress",
+    "LoadedModel",
     "MTPReport",
     "MTPStatus",
+    "ModelText",
     "Norm",
     "Replay",
     "Rule",
     "Sampling",
     "Started",
     "Statistics",
+    "Stream",
     "WiringPolicy",
     "inspect_checkpoint",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from mlx_mtp_backend.api import Delta, Event, Finished
+
+log = logging.getLogger(__name__)
 
 
 class Stream:
@@ -83,4 +86,13 @@ class Stream:
             self._finished = isinstance(event, Finished)
             self._changed.notify_all()
         if first and self._on_ready is not None:
-            self._on_ready()
+            self._call(self._on_ready)
+
+    def _call(self, on_ready: Callable[[], None]) -> None:
+        """A reader that cannot be woken is gone (its event loop was closed); it must not take the engine along."""
+        try:
+            on_ready()
+        except Exception:
+            log.exception("on_ready raised; cancelling its stream")
+            self._on_ready = None
+            self.cancel()
