@@ -25,14 +25,18 @@ def interpose() -> Path:
         the library's path.
 
     Raises:
-        EngineError: BLAS_TOO_LATE once MLX is imported, BLAS_MISSING where the package is not installed.
+        EngineError: BLAS_TOO_LATE once MLX is imported, BLAS_MISSING where the package, or a library it needs, is not
+            installed.
     """
     global _library
     path = _find()
     if _library is None:
         if "mlx.core" in sys.modules:
             raise EngineError(ErrorReason.BLAS_TOO_LATE, "MLX is imported already; interpose the BLAS first")
-        _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        try:
+            _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:  # it needs the system's libgfortran.so.5 (Debian and Ubuntu: libgfortran5)
+            raise EngineError(ErrorReason.BLAS_MISSING, f"OpenBLAS cannot be loaded: {error}") from error
     return path
 
 

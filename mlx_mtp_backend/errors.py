@@ -15,7 +15,7 @@ class ErrorReason(enum.StrEnum):
     HEAD_MISSING = "head_missing"  # a head was asked for and there is none
     HEAD_MISWIRED = "head_miswired"  # the wiring check refused the head
     BLAS_TOO_LATE = "blas_too_late"  # MLX was imported before the BLAS could be interposed
-    BLAS_MISSING = "blas_missing"  # the package that brings it is not installed
+    BLAS_MISSING = "blas_missing"  # the package that brings it, or a library that it needs, is not there
     MODEL_NOT_LOADED = "model_not_loaded"
     MODEL_IN_USE = "model_in_use"
     INVALID_PARAMS = "invalid_params"
