@@ -198,8 +198,10 @@ def reported_error(error: Any, request: GenerationRequest) -> RouterError:
     """The router's error for one that llama-server reported; its text stays here."""
     kind = error.get("type") if isinstance(error, dict) else None
     if kind == "exceed_context_size_error":
-        prompt, context = int(error["n_prompt_tokens"]), int(error["n_ctx"])
-        return prompt_too_long(prompt, context)
+        try:
+            return prompt_too_long(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
+        except (KeyError, TypeError, ValueError):
+            return broken_stream()
     if kind == "unavailable_error":
         return RouterError(ErrorReason.BACKEND_UNAVAILABLE, "llama.cpp is still loading the model", retry_after=1.0)
     if kind == "invalid_request_error":

@@ -83,7 +83,7 @@ def _parameters(xllamacpp: Any, config: ChildConfig) -> Any:
     parameters.n_parallel = config.parallel
     parameters.kv_unified = False
     parameters.ctx_shift = False
-    parameters.fit_params = False  # it may shrink the context to fit memory, silently
+    parameters.fit_params = config.gpu_layers < 0  # what is set stays as it is, so this fits the layers alone
     parameters.n_batch = parameters.n_ubatch = config.batch_tokens
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = config.threads
     parameters.n_gpu_layers = config.gpu_layers

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from router.backends.llama_answer import Answer
 from router.backends.llama_child import ChildConfig
-from router.backends.llama_process import engine_version
+from router.backends.llama_process import LlamaProcess, engine_version
 from router.backends.llama_request import chat_body, generation_body, refuse_foreign_tokens
 from router.backends.llama_runner import ModelRunner
 from router.backends.llama_stream import Patience, TimeIsUpError, ask, new_client, stream_answer
@@ -86,7 +86,7 @@ class LlamaCppBackend:
     async def close(self) -> None:
         """Ends every child and waits until they are gone."""
         self._closed = True
-        await asyncio.gather(*(model.runner.unload() for model in self._models.values()))
+        await asyncio.gather(*(model.runner.close() for model in self._models.values()))
         await self._client.aclose()
 
     def offer(self) -> Offer:
@@ -94,11 +94,11 @@ class LlamaCppBackend:
         return Offer(self.kind, "" if engine_version() else "xllamacpp is not installed")
 
     def status(self) -> BackendStatus:
-        """DOWN while a model's process has ended or would not load, and no other model is loaded."""
+        """DOWN while a model's process has ended and is being restarted, and no other model is loaded."""
         runners = {name: model.runner for name, model in self._models.items()}
         loaded = tuple(name for name, runner in runners.items() if runner.state is ModelState.READY)
-        failing = [runner for runner in runners.values() if runner.error is not None]
-        down = failing[0] if failing and not loaded else None
+        restarting = (runner for runner in runners.values() if runner.restarting)
+        down = None if loaded else next(restarting, None)
         return BackendStatus(
             self.name,
             self.kind,
@@ -120,6 +120,11 @@ class LlamaCppBackend:
         """Whether its child is up."""
         known = self._models.get(model.name)
         return known.runner.state if known else ModelState.COLD
+
+    def child(self, model: ModelEntry) -> LlamaProcess | None:
+        """The process that has the model loaded, if one has."""
+        known = self._models.get(model.name)
+        return known.runner.child if known else None
 
     def drafting(self, model: ModelEntry) -> Drafting | None:
         """A head in the file drafts for every request: llama.cpp fixes the depth when it starts."""

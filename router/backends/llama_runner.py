@@ -49,6 +49,7 @@ class ModelRunner:
         self._wanted = False  # a restart goes on though nobody waits for it
         self._watchers: set[asyncio.Task[None]] = set()
         self._abandoned: set[asyncio.Task[LlamaProcess]] = set()
+        self._closed = False
         self._failures = 0  # ends and failed loads since the last success
         self._not_before = 0.0  # when the next load may start
 
@@ -59,16 +60,24 @@ class ModelRunner:
         return remaining if remaining > 0 else None
 
     @property
-    def pid(self) -> int | None:
-        """The child's process id while it is loaded."""
-        return self._child.pid if self._child is not None else None
+    def restarting(self) -> bool:
+        """Whether its process ended and another is on the way."""
+        return self._wanted
+
+    @property
+    def child(self) -> LlamaProcess | None:
+        """The loaded child, if there is one."""
+        return self._child
 
     async def ready(self) -> LlamaProcess:
         """The loaded child; loads it if need be, together with whoever else waits.
 
         Raises:
-            RouterError: MODEL_LOAD_FAILED, or BACKEND_UNAVAILABLE where it ended and its restart is some time off.
+            RouterError: MODEL_LOAD_FAILED; BACKEND_UNAVAILABLE where it ended and its restart is some time off;
+                DRAINING after `close`.
         """
+        if self._closed:
+            raise RouterError(ErrorReason.DRAINING, "the router is shutting down")
         if self._child is not None:
             if self._child.alive:
                 return self._child
@@ -100,6 +109,11 @@ class ModelRunner:
         """Kills the child if it does not answer: a request has lost it, or had no sign of life from it."""
         if child is self._child and not await self._healthy(child, SUSPECT_TIMEOUT):
             await child.kill()
+
+    async def close(self) -> None:
+        """Ends the child for good. Safe to call twice."""
+        self._closed = True
+        await self.unload()
 
     async def unload(self) -> None:
         """Ends the child, or the load. A later `ready` loads again."""
@@ -149,7 +163,7 @@ class ModelRunner:
         await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
         child = await start_child(self._config, self._settings.load_timeout)
         try:
-            self.limits = Limits(self._config.context_length, await self._vocabulary_size(child))
+            self.limits = await self._ask_limits(child)
         except BaseException:
             await child.close()
             raise
@@ -173,11 +187,16 @@ class ModelRunner:
             self._back_off()
             self._become(ModelState.FAILED)
 
-    async def _vocabulary_size(self, child: LlamaProcess) -> int:
+    async def _ask_limits(self, child: LlamaProcess) -> Limits:
+        """The child's own numbers: llama.cpp lowers a context that is longer than the model was made for."""
         headers = {"Authorization": f"Bearer {child.api_key}"}
         try:
-            reply = await self._client.get(f"{child.address}/v1/models", headers=headers, timeout=HEALTH_TIMEOUT)
-            return int(reply.json()["data"][0]["meta"]["n_vocab"])
+            props, models = [
+                (await self._client.get(child.address + path, headers=headers, timeout=HEALTH_TIMEOUT)).json()
+                for path in ("/props", "/v1/models")
+            ]
+            context_length = int(props["default_generation_settings"]["n_ctx"])
+            return Limits(context_length, int(models["data"][0]["meta"]["n_vocab"]))
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             raise _failed_load() from None
 
@@ -212,8 +231,8 @@ class ModelRunner:
             ErrorReason.BACKEND_UNAVAILABLE, "the llama.cpp process of this model ended and is being restarted"
         )
         self._back_off()
-        self._begin_load()
         self._wanted = True
+        self._begin_load()
 
     async def _healthy(self, child: LlamaProcess, seconds: float) -> bool:
         try:

@@ -2,7 +2,8 @@
 
 `write_script_model` makes a llama-architecture model whose next token depends on the last token alone: embeddings are
 one-hot, attention and feed-forward add nothing, and the output matrix is the table of transitions. A script is a list
-of pieces of text said after a trigger; every piece is a token of its own.
+of pieces of text said after a trigger; every piece is a token of its own. `write_mtp_model` says the same through
+a Qwen3.5 trunk (one gated-delta layer, one attention layer) with a multi-token-prediction block that drafts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 END = "<|end|>"
 CONTROL = (END, "<|user|>", "<|assistant|>", "<|system|>")
 USER_DEFINED = ("<think>", "</think>")
+HEAD, DELTA_HEAD = 64, 32  # widths of attention and gated-delta heads
 CERTAIN = 30.0  # logit of the scripted token; all others have 0
 
 # Like Qwen3's: past thoughts are rendered back, and an empty thought in the prompt keeps the model from thinking.
@@ -87,7 +89,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Script:
-    """What is said after the trigger, piece by piece; then the end token, or `repeat` starts over at the first piece."""
+    """What is said after the trigger, piece by piece; then the end token, or, with `repeat`, the first piece again."""
 
     pieces: Sequence[str | bytes]
     repeat: bool = False
@@ -135,40 +137,134 @@ def write_script_model(
     table = transitions(vocabulary, scripts, choices or {})
     width = len(table)
     writer = gguf.GGUFWriter(path, "llama")
+    _write_sizes(writer, context, width, layers, feed_forward)
+    _write_vocabulary(writer, vocabulary, template)
+    _write_ends(writer, table)
+    for layer in range(layers):
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(width, np.float32))
+        writer.add_tensor(f"blk.{layer}.ffn_norm.weight", np.ones(width, np.float32))
+        _write_zeros(writer, layer, _attention(width, query_rows=HEAD) | _feed_forward(width, feed_forward))
+    _finish(writer)
+    return vocabulary
+
+
+def write_mtp_model(
+    path: Path,
+    scripts: Mapping[str, Script],
+    *,
+    wrong_every: int = 0,
+    template: str | None = PLAIN_TEMPLATE,
+    context: int = 4096,
+) -> Vocabulary:
+    """Writes the model and returns its vocabulary.
+
+    Its head reads the next token's embedding alone and drafts what the trunk will say, except after every token whose
+    id is a multiple of `wrong_every`, where it drafts the end token.
+    """
+    vocabulary = Vocabulary()
+    table = transitions(vocabulary, scripts, {})
+    width, feed_forward = len(table), 64
+    writer = gguf.GGUFWriter(path, "qwen35")
+    _write_sizes(writer, context, width, 3, feed_forward)
+    writer.add_rope_dimension_sections([8, 8, 8, 8])
+    writer.add_uint32("qwen35.full_attention_interval", 2)
+    writer.add_uint32("qwen35.nextn_predict_layers", 1)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(2 * DELTA_HEAD)
+    writer.add_ssm_state_size(DELTA_HEAD)
+    writer.add_ssm_time_step_rank(2)
+    writer.add_ssm_group_count(2)
+    _write_vocabulary(writer, vocabulary, template)
+    _write_ends(writer, table)
+    attention = _attention(width, query_rows=2 * HEAD)  # queries and their gates
+    for layer, mixer in enumerate((_delta(width), attention, attention)):
+        for norm in ("attn_norm", "post_attention_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(width, np.float32))
+        _write_zeros(writer, layer, mixer | _feed_forward(width, feed_forward))
+        if mixer is attention:
+            writer.add_tensor(f"blk.{layer}.attn_q_norm.weight", np.ones(HEAD, np.float32))
+            writer.add_tensor(f"blk.{layer}.attn_k_norm.weight", np.ones(HEAD, np.float32))
+    writer.add_tensor("blk.0.ssm_dt.bias", np.zeros(2, np.float32))
+    writer.add_tensor("blk.0.ssm_a", np.full(2, -1, np.float32))
+    writer.add_tensor("blk.0.ssm_norm.weight", np.ones(DELTA_HEAD, np.float32))
+    _write_head(writer, vocabulary, table, wrong_every)
+    _finish(writer)
+    return vocabulary
+
+
+def _write_head(writer: gguf.GGUFWriter, vocabulary: Vocabulary, table: np.ndarray, wrong_every: int) -> None:
+    width = len(table)
+    drafts = table.copy()
+    if wrong_every:
+        drafts[::wrong_every] = 0
+        drafts[::wrong_every, vocabulary.ids[END.encode()]] = CERTAIN
+    norm = np.full(width, width**-0.5, np.float32)
+    for name in ("enorm", "hnorm", "shared_head_norm"):
+        writer.add_tensor(f"blk.2.nextn.{name}.weight", norm)
+    embedding_only = np.concatenate([np.eye(width, dtype=np.float32), np.zeros((width, width), np.float32)], axis=1)
+    writer.add_tensor("blk.2.nextn.eh_proj.weight", embedding_only)
+    writer.add_tensor("blk.2.nextn.shared_head_head.weight", np.ascontiguousarray(drafts.T))
+
+
+def _write_sizes(writer: gguf.GGUFWriter, context: int, width: int, layers: int, feed_forward: int) -> None:
     writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(1)
     writer.add_head_count_kv(1)
-    writer.add_key_length(64)
-    writer.add_value_length(64)
-    writer.add_rope_dimension_count(64)
+    writer.add_key_length(HEAD)
+    writer.add_value_length(HEAD)
+    writer.add_rope_dimension_count(HEAD)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(width)
     writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, template: str | None) -> None:
     vocabulary.write(writer)
     if template is not None:
         writer.add_chat_template(template)
+
+
+def _write_ends(writer: gguf.GGUFWriter, table: np.ndarray) -> None:
+    width = len(table)
     writer.add_tensor("token_embd.weight", np.eye(width, dtype=np.float32))
-    writer.add_tensor("output_norm.weight", np.full(width, width**-0.5, np.float32))
+    writer.add_tensor("output_norm.weight", np.full(width, width**-0.5, np.float32))  # undoes the norm of a one-hot
     writer.add_tensor("output.weight", np.ascontiguousarray(table.T))
-    shapes = {
-        "attn_q": (64, width),
-        "attn_k": (64, width),
-        "attn_v": (64, width),
-        "attn_output": (width, 64),
-        "ffn_gate": (feed_forward, width),
-        "ffn_up": (feed_forward, width),
-        "ffn_down": (width, feed_forward),
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _attention(width: int, query_rows: int) -> Shapes:
+    return {
+        "attn_q": (query_rows, width),
+        "attn_k": (HEAD, width),
+        "attn_v": (HEAD, width),
+        "attn_output": (width, HEAD),
     }
-    for layer in range(layers):
-        writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(width, np.float32))
-        writer.add_tensor(f"blk.{layer}.ffn_norm.weight", np.ones(width, np.float32))
-        for name, shape in shapes.items():
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.zeros(shape, np.float32))
-    _finish(writer)
-    return vocabulary
+
+
+def _delta(width: int) -> Shapes:
+    inner = 2 * DELTA_HEAD
+    return {
+        "attn_qkv": (3 * inner, width),
+        "attn_gate": (inner, width),
+        "ssm_conv1d": (3 * inner, 4),
+        "ssm_beta": (2, width),
+        "ssm_alpha": (2, width),
+        "ssm_out": (width, inner),
+    }
+
+
+def _feed_forward(width: int, inner: int) -> Shapes:
+    return {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+
+
+def _write_zeros(writer: gguf.GGUFWriter, layer: int, shapes: Shapes) -> None:
+    for name, shape in shapes.items():
+        writer.add_tensor(f"blk.{layer}.{name}.weight", np.zeros(shape, np.float32))
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:
