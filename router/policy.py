@@ -41,23 +41,24 @@ def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer])
     """
     named = entry.settings.backend
     if named is not None:
-        return _named_route(requested, entry, named, offers[named])
+        return _named_route(requested, entry, named, offers.get(named))
     if entry.facts.format is ModelFormat.GGUF:
         return _gguf_route(requested, entry, offers, _gguf_reason(entry))
     return _checkpoint_route(requested, entry, offers)
 
 
-def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer) -> tuple[Route, ModelEntry]:
-    wanted = SERVES[offer.kind]
-    served = next((item for item in (entry, entry.gguf) if item is not None and item.facts.format is wanted), None)
-    if served is None:
+def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer | None) -> tuple[Route, ModelEntry]:
+    formats = {item.facts.format: item for item in (entry.gguf, entry) if item is not None}
+    served = formats.get(SERVES[offer.kind]) if offer is not None else None
+    if offer is None or served is None:
         raise _no_backend(
             entry, f"the settings name backend {name!r}, which serves no {entry.facts.format.value} files"
         )
     if offer.refusal:
         raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}")
     _refuse_problem(served)
-    reason = _gguf_reason(served) if wanted is ModelFormat.GGUF else _checkpoint_reason(served, offer)
+    is_gguf = served.facts.format is ModelFormat.GGUF
+    reason = _gguf_reason(served) if is_gguf else _checkpoint_reason(served, offer)
     return Route(requested, entry.name, name, offer.kind, f"the settings name backend {name!r}; {reason}"), served
 
 

@@ -17,9 +17,10 @@ from mtp_router.generate.v1 import admin_service_pb2, generate_service_pb2, mode
 
 from router.backends.base import Backend
 from router.backends.llama_cpp import LlamaCppBackend
+from router.backends.mlx import MlxBackend
 from router.catalog import Catalog, build_catalog
 from router.dispatch import Dispatcher
-from router.domain import BackendState, BackendStatus
+from router.domain import BackendState, BackendStatus, ModelFormat
 from router.services.admin import AdminService
 from router.services.generate import GenerateService
 from router.services.models import ModelService
@@ -147,19 +148,22 @@ class RouterServer:
             await backend.close()
 
 
-def build_backends(settings: Settings) -> dict[str, Backend]:
-    """The configured backends by name."""
+def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
+    """The configured backends by name; the MLX engine only where there is a checkpoint for it."""
+    has_checkpoint = any(entry.facts.format is ModelFormat.CHECKPOINT for entry in catalog.entries)
     backends: dict[str, Backend] = {}
     for name, backend in settings.backends.items():
         if isinstance(backend, LlamaCppSettings):
             backends[name] = LlamaCppBackend(name, backend)
+        elif has_checkpoint:
+            backends[name] = MlxBackend(name, backend)
     return backends
 
 
 async def run(settings: Settings, *, announce_json: bool = False) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Raises ListenError."""
     catalog = await asyncio.to_thread(build_catalog, settings, data_home() / "models")
-    server = RouterServer(settings.server, catalog, build_backends(settings))
+    server = RouterServer(settings.server, catalog, build_backends(settings, catalog))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

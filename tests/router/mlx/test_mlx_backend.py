@@ -1,0 +1,201 @@
+"""The MLX lane over real gRPC, on synthetic checkpoints and the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_mtp_backend.synthetic import Recipe, write
+from router.backends.mlx import MlxBackend
+from router.catalog import build_catalog
+from router.client import AsyncClient, RouterCallError
+from router.server import RouterServer
+from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write(folder / "words", Recipe(kind="pass-through", acceptance=0.85, layers=2))
+    write(folder / "random", Recipe(kind="history", layers=2))
+    write(folder / "headless", Recipe(kind="history", layers=2, head="none"))
+    return folder
+
+
+@pytest.fixture
+async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
+    models = {
+        "words": ModelSettings(path=checkpoints / "words"),
+        "random": ModelSettings(path=checkpoints / "random", context_length=CONTEXT, draft_depth=2),
+        "plain": ModelSettings(path=checkpoints / "random", speculation="off"),
+        "headless": ModelSettings(path=checkpoints / "headless"),
+    }
+    backend = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, max_queued=2, prefill_chunk=16))
+    catalog = build_catalog(Settings(models=models), checkpoints / "none")
+    server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"mlx": backend})
+    await server.start()
+    async with AsyncClient(server.address, retry=None) as connected:
+        yield connected
+    await server.drain()
+
+
+async def text_of(client: AsyncClient, model: str, **options: Any) -> tuple[str, Any, Any]:
+    options = {"prompt": "Once upon a time", "max_output_tokens": 24, **options}
+    answer = client.stream(model, **options)
+    text = "".join([delta.text async for delta in answer])
+    return text, answer.started, answer.finished
+
+
+async def test_it_drafts_with_the_head_and_says_so(client: AsyncClient) -> None:
+    text, started, finished = await text_of(client, "words", prompt=None, messages=[{"role": "user", "content": "Hi"}])
+    assert text.strip()
+    assert started.route.backend_kind == 1
+    assert "mtp.fc.weight" in started.route.reason or "mtp_num_hidden_layers = 1" in started.route.reason
+    assert "CPU" in started.route.reason
+    statistics = finished.speculation
+    assert statistics.accepted_tokens > 0
+    assert statistics.drafted_tokens == sum(item.drafted for item in statistics.positions)
+    assert statistics.accepted_tokens == sum(item.accepted for item in statistics.positions)
+    assert statistics.rounds < finished.usage.output_tokens
+    assert "mlx=" in finished.numerics_fingerprint
+
+
+async def test_a_seed_replays_at_any_depth_and_among_neighbours(client: AsyncClient) -> None:
+    options = {"seed": 11, "temperature": 0.8}
+    first, _, finished = await text_of(client, "random", **options)
+    assert finished.seed == 11
+    assert finished.replay == 1  # REPLAY_EXACT
+    others = await asyncio.gather(
+        text_of(client, "random", **options, speculation="off"),
+        text_of(client, "random", **options, draft_depth=4),
+        text_of(client, "random", seed=12, temperature=0.8),
+    )
+    assert others[0][0] == others[1][0] == first
+    assert others[2][0] != first
+    assert others[0][2].speculation.drafted_tokens == 0
+
+
+async def test_without_a_seed_nothing_is_promised(client: AsyncClient) -> None:
+    _, _, finished = await text_of(client, "random", temperature=1.0)
+    assert finished.replay == 3  # REPLAY_NONE
+    assert not finished.HasField("seed")
+    _, _, finished = await text_of(client, "random", temperature=0.0)
+    assert finished.replay == 1
+
+
+async def test_drafting_that_cannot_be_done_is_refused(client: AsyncClient) -> None:
+    for model in ("plain", "headless"):
+        for options in ({"speculation": "required"}, {"draft_depth": 2}):
+            with pytest.raises(RouterCallError) as caught:
+                await text_of(client, model, **options)
+            assert caught.value.reason == "CAPABILITY_UNAVAILABLE"
+    _, started, finished = await text_of(client, "headless")
+    assert "declared but absent" in started.route.reason
+    assert finished.speculation.drafted_tokens == 0
+
+
+async def test_stopping(client: AsyncClient) -> None:
+    options = {"temperature": 0.0, "max_output_tokens": 12}
+    text, _, finished = await text_of(client, "words", **options)
+    assert finished.reason == 4  # MAX_TOKENS
+    assert finished.usage.output_tokens == 12
+    word = text.split()[2]
+    cut, _, finished = await text_of(client, "words", **options, stop=[word])
+    assert cut == text[: text.index(word)]
+    assert (finished.reason, finished.sequence) == (2, word)
+
+
+async def test_the_context_bounds_prompt_and_answer(client: AsyncClient) -> None:
+    options = {"prompt": None, "ignore_end_of_generation": True, "max_output_tokens": 1000}
+    _, _, finished = await text_of(client, "random", **options | {"token_ids": [5] * (CONTEXT - 4)})
+    assert finished.reason == 5  # CONTEXT_LIMIT
+    assert finished.usage.output_tokens == 4
+    with pytest.raises(RouterCallError) as caught:
+        await text_of(client, "random", **options | {"token_ids": [5] * CONTEXT})
+    assert caught.value.reason == "PROMPT_TOO_LONG"
+    assert caught.value.metadata["prompt_tokens"] == str(CONTEXT)
+    assert caught.value.metadata["context_length"] == str(CONTEXT)
+
+
+async def test_tokens_are_counted_and_checked(client: AsyncClient) -> None:
+    count = await client.count_tokens("random", token_ids=[1, 2, 3])
+    assert (count.prompt_tokens, count.context_length) == (3, CONTEXT)
+    assert (await client.count_tokens("words", prompt="Once upon a time")).prompt_tokens > 0
+    with pytest.raises(RouterCallError) as caught:
+        await text_of(client, "random", prompt=None, token_ids=[10**6])
+    assert caught.value.reason == "INVALID_REQUEST"
+
+
+async def test_a_time_budget_keeps_the_text_so_far(client: AsyncClient) -> None:
+    await text_of(client, "random")  # loaded
+    text, _, finished = await text_of(
+        client, "random", time_budget=0.05, max_output_tokens=10_000, ignore_end_of_generation=True, seed=3
+    )
+    assert finished.reason in (5, 6)  # the context may end it first on a fast machine
+    longer, _, _ = await text_of(client, "random", max_output_tokens=240, ignore_end_of_generation=True, seed=3)
+    assert longer.startswith(text[:-1])
+
+
+async def test_a_cancelled_stream_frees_its_place(client: AsyncClient) -> None:
+    for _ in range(5):
+        answer = client.stream("words", prompt="x", max_output_tokens=5000, ignore_end_of_generation=True)
+        async for _ in answer:
+            break
+        answer.close()
+    async with asyncio.timeout(10):
+        while (await client.list_backends())[0].active_requests:
+            await asyncio.sleep(0.02)
+    await text_of(client, "words")
+
+
+async def test_a_full_line_turns_away(client: AsyncClient) -> None:
+    await text_of(client, "words")
+    options = {"prompt": "x", "max_output_tokens": 5000, "ignore_end_of_generation": True}
+    answers = [client.stream("words", **options) for _ in range(4)]
+    tasks = [asyncio.ensure_future(anext(aiter(answer), None)) for answer in answers]
+    async with asyncio.timeout(10):
+        while (await client.list_backends())[0].queued_requests < 2:
+            await asyncio.sleep(0.02)
+    with pytest.raises(RouterCallError) as caught:
+        await text_of(client, "words")
+    assert caught.value.reason == "QUEUE_FULL"
+    for answer in answers:
+        answer.close()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_loading_and_unloading(client: AsyncClient) -> None:
+    assert (await client.get_model("random")).state == 1  # COLD
+    steps: list[float | None] = []
+    await client.preload("random", on_progress=steps.append)
+    assert steps
+    assert (await client.get_model("random")).state == 3  # READY
+    answer = client.stream("random", prompt="x", max_output_tokens=200, ignore_end_of_generation=True)
+    iterator = aiter(answer)
+    await anext(iterator)
+    with pytest.raises(RouterCallError) as caught:
+        await client.unload("random")
+    assert caught.value.reason == "CAPABILITY_UNAVAILABLE"
+    await client.unload("random", force=True)
+    assert (await client.get_model("random")).state == 1
+    with pytest.raises(RouterCallError) as caught:
+        while True:
+            await anext(iterator)
+    assert caught.value.reason == "BACKEND_UNAVAILABLE"
+    await text_of(client, "random")  # loads again
+
+
+async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:
+    backend = MlxBackend("mlx", MlxSettings())
+    await backend.start()
+    try:
+        assert "allow_cpu" in backend.offer().refusal
+        assert backend.status().error is not None
+    finally:
+        await backend.close()
