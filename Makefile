@@ -34,6 +34,9 @@ serve: setup  ## start the service; Ctrl-C drains it
 test: setup  ## run every test
 	$(BIN)/python -m pytest
 
+conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
+	$(BIN)/python -m pytest tests/conformance
+
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
