@@ -78,8 +78,9 @@ def _stop(server: subprocess.Popen[bytes]) -> int:
 
 def show(lane: Lane, client: Client) -> None:
     """Summarizes the storm on one lane."""
-    print(f"\n== {lane.title}\n")
-    answer = summarize(client, lane.model, json.loads(STORM.read_text(encoding="utf-8")))
+    storm = json.loads(STORM.read_text(encoding="utf-8"))
+    print(f"\n== {lane.title}\n\n{len(storm['alerts'])} alerts, one summary:\n", flush=True)
+    answer = summarize(client, lane.model, storm)
     if not answer.text.strip():
         raise DemoError(f"{lane.model} answered with no text")
     print("\n" + describe(answer), flush=True)
