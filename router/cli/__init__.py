@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RouterCallError as error:
         if getattr(arguments, "json", False):
             print(as_json(error), flush=True)
-        return _complain(describe(error, arguments.target), FAILED)
+        return _complain(describe(error, arguments.target, begun=getattr(arguments, "begun", False)), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -69,6 +69,6 @@ def _turn(
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)
         except RouterCallError as error:
-            print(f"mtp-router: {describe(error, arguments.target)}", file=sys.stderr)
+            print(f"mtp-router: {describe(error, arguments.target, begun=answer.started is not None)}", file=sys.stderr)
             return history[:-1]
     return [*history, {"role": "assistant", "content": answer.text}] if answer.text else history[:-1]

@@ -25,9 +25,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).translate(CONTROL)
 
 
-def describe(error: RouterCallError, target: str) -> str:
-    """A failed call in one line."""
+def describe(error: RouterCallError, target: str, *, begun: bool = False) -> str:
+    """A failed call in one line; `begun` tells that the server had begun to answer."""
     if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
+        if begun:
+            return f"the server at {target} is gone; the text so far is a prefix, not the answer"
         return f"no server at {target}; start one with `mtp-router serve`"
     again = f"; try again in {error.retry_after:g} s" if error.retry_after is not None else ""
     return f"{error.reason or error.code.name}: {one_line(str(error))}{again}"

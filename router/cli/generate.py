@@ -21,10 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
         connect(arguments) as client,
         start(client, arguments.model, fields, include_progress=watched or arguments.progress) as answer,
     ):
-        if arguments.json:
-            print_events(answer)
-        else:
-            print_answer(answer)
+        try:
+            if arguments.json:
+                print_events(answer)
+            else:
+                print_answer(answer)
+        finally:
+            arguments.begun = answer.started is not None  # a failure reads differently from here on
     return OK
 
 

@@ -17,6 +17,8 @@ from rich.text import Text
 from router.cli.failures import SHOWN
 from router.client import Answer, AnswerStatistics, enum_name
 
+CUT_OFF = (v1.FINISH_REASON_MAX_TOKENS, v1.FINISH_REASON_CONTEXT_LIMIT, v1.FINISH_REASON_TIME_LIMIT)
+
 
 def json_line(message: Message) -> str:
     """A message in protobuf's JSON mapping with the contract's own field names, on one line."""
@@ -47,8 +49,12 @@ def print_answer(answer: Answer) -> None:
             print(flush=True)
     if logprobs:
         _print_logprobs(logprobs, console)
-    if console.is_terminal and answer.started is not None and answer.finished is not None:
+    if answer.started is None or answer.finished is None:
+        return
+    if console.is_terminal:
         console.print(Text(statistics_line(answer.started, answer.finished), style="dim"))
+    elif answer.finished.reason in CUT_OFF:
+        print(f"mtp-router: the answer was cut off: {_reason(answer.finished)}", file=sys.stderr)
 
 
 def _print_live(answer: Answer, console: Console, logprobs: list[v1.TokenLogprob]) -> None:
@@ -95,8 +101,12 @@ def statistics_line(started: v1.GenerationStarted, finished: v1.GenerationFinish
     if figures.acceptance is not None:
         parts.append(f"{figures.acceptance:.0%} of drafts accepted")
     if finished.reason != v1.FINISH_REASON_END_OF_GENERATION:
-        parts.append(f"ended by {enum_name(v1.FinishReason, finished.reason).replace('_', ' ')}")
+        parts.append(f"ended by {_reason(finished)}")
     return " | ".join(parts).translate(SHOWN)
+
+
+def _reason(finished: v1.GenerationFinished) -> str:
+    return enum_name(v1.FinishReason, finished.reason).replace("_", " ")
 
 
 def _print_logprobs(logprobs: Iterable[v1.TokenLogprob], console: Console) -> None:

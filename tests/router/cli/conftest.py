@@ -20,9 +20,10 @@ def router() -> Iterator[FakeRouter]:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data folder, and none of the settings of whoever runs the tests."""
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith("MTP_ROUTER_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")  # main() sets it where it is not set; undone after the test
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("MTP_ROUTER_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

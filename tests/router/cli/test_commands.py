@@ -18,7 +18,7 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from mtp_router.generate import v1
-from support.fake_router import FakeRouter, answer, delta, endless, fail, finished, started
+from support.fake_router import FakeRouter, answer, delta, endless, fail, finished, running, started
 
 from router.cli import main
 from router.settings import ServerSettings, Settings, effective_settings, load_settings
@@ -186,6 +186,26 @@ def test_an_answer_that_breaks_off_keeps_its_text(router: FakeRouter, capsys: Ca
     router.script = script
     assert generate(router, "--prompt", "Hi") == 1
     assert capsys.readouterr() == ("Hel\n", "mtp-router: BACKEND_FAILED: the backend broke off\n")
+
+
+def test_a_server_that_vanishes_is_told_from_one_that_never_was(command: list[str]) -> None:
+    with running() as router:
+        router.script = endless
+        arguments = [*command, "generate", "--target", router.address, "--model", "tiny", "--prompt", "Hi"]
+        child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.read(4) == "more"
+    out, err = child.communicate(timeout=10)
+    assert child.returncode == 1
+    assert out.endswith("\n")
+    assert err == f"mtp-router: the server at {router.address} is gone; the text so far is a prefix, not the answer\n"
+
+
+def test_an_answer_that_was_cut_off_says_so(router: FakeRouter, capsys: Capture) -> None:
+    end = v1.StreamGenerateResponse(finished=v1.GenerationFinished(reason=v1.FINISH_REASON_TIME_LIMIT))
+    router.script = lambda request, context: iter([started(), delta("Hel"), end])
+    assert generate(router, "--prompt", "Hi") == 0
+    assert capsys.readouterr() == ("Hel\n", "mtp-router: the answer was cut off: time limit\n")
 
 
 @pytest.mark.parametrize("arguments", [["models"], ["generate", "--model", "m", "--prompt", "x"]])
