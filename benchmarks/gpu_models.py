@@ -1,0 +1,99 @@
+"""Models of the true Qwen3.5 shapes with random 4-bit weights, made on the device.
+
+No projection is skipped. Packed weights are random bits; scales make every projection keep its input's size, so that
+activations stay in range through all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.qwen3_5 import TextModel, TextModelArgs
+
+from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
+
+GROUP_SIZE, BITS = 64, 4
+_ROPE = {"type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A released model's dimensions."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    value_heads: int
+    tied: bool
+
+    def args(self) -> TextModelArgs:
+        """mlx-lm's arguments for this shape."""
+        return TextModelArgs(
+            model_type="qwen3_5_text",
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=256,
+            vocab_size=248_320,
+            linear_num_value_heads=self.value_heads,
+            linear_num_key_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            tie_word_embeddings=self.tied,
+            rope_parameters=dict(_ROPE),
+        )
+
+
+SHAPES = {
+    "27b": Shape("27b", 5120, 17408, 64, 24, 4, 48, tied=False),
+    "4b": Shape("4b", 2560, 9216, 32, 16, 4, 32, tied=True),
+}
+
+
+def build(shape: Shape, *, head: bool = True, seed: int = 0) -> Qwen35:
+    """A model with a head (unless told otherwise), evaluated."""
+    mx.random.seed(seed)
+    args = shape.args()
+    text = TextModel(args)
+    mtp = MTPHead(args) if head else None
+    for module in (text, mtp):
+        if module is not None:
+            _fill(module)
+    return Qwen35(text, mtp)
+
+
+def weight_bytes(model: Qwen35, *, head: bool = False) -> int:
+    """Bytes that one trunk step with logits must read: everything but the embedding rows it does not look up."""
+    arrays = dict(tree_flatten(model.text.parameters()))
+    if not model.text.args.tie_word_embeddings:
+        arrays = {name: array for name, array in arrays.items() if "embed_tokens" not in name}
+    total = sum(array.nbytes for array in arrays.values())
+    if head and model.mtp is not None:
+        total += sum(array.nbytes for _, array in tree_flatten(model.mtp.parameters()))
+    return total
+
+
+def _fill(module: nn.Module) -> None:
+    module.set_dtype(mx.bfloat16)
+    nn.quantize(module, group_size=GROUP_SIZE, bits=BITS)
+    for _, part in module.named_modules():
+        if "scales" not in part:
+            continue
+        inputs = part.weight.shape[1] * 32 // BITS
+        part.weight = mx.random.randint(0, 1 << 30, part.weight.shape).astype(mx.uint32) * 4 + mx.random.randint(
+            0, 4, part.weight.shape
+        ).astype(mx.uint32)
+        # Values 0..15 about 7.5 have a standard deviation of 4.6.
+        spread = mx.random.uniform(0.8, 1.2, part.scales.shape)
+        part.scales = (spread * inputs**-0.5 / 4.6).astype(mx.bfloat16)
+        part.biases = (-7.5 * part.scales.astype(mx.float32)).astype(mx.bfloat16)
+        mx.eval(part.parameters())
+    mx.eval(module.parameters())

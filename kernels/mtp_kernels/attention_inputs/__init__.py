@@ -1,0 +1,100 @@
+"""Per-head RMSNorm and rotary embedding of few rows, and the KV cache's tail with the new rows in it, in one launch.
+
+The tail is a small buffer for the newest positions. Writing it anew costs little, so a pass adds rows without touching
+the long buffer, and dropping rows is a matter of the next pass's position.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from ..launch import CUDA_TYPES, cuda_launch, source_text, version_of
+from .reference import HEAD_DIM, AttentionShape, reference, rotate
+
+__all__ = [
+    "HEAD_DIM",
+    "TAIL",
+    "VERSION",
+    "AttentionShape",
+    "attention_inputs",
+    "check",
+    "reference",
+    "rotate",
+    "supported",
+]
+
+TAIL = 64
+"""Positions that a tail holds."""
+_WARPS = 8
+VERSION = version_of(source_text(__file__, "kernel.cu"))
+
+
+def supported(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
+    """None when the CUDA kernel can take this layer, else the reason why not."""
+    if dtype not in (mx.bfloat16, mx.float16):
+        return f"dtype {dtype} is neither bfloat16 nor float16"
+    if shape.heads % shape.kv_heads:
+        return f"{shape.heads} query heads over {shape.kv_heads} KV heads"
+    if shape.q_norm.shape != (HEAD_DIM,) or shape.k_norm.shape != (HEAD_DIM,):
+        return f"heads of {shape.q_norm.shape[0]}: only {HEAD_DIM} is built"
+    if shape.rotary not in (32, 64, 128, 256):
+        return f"{shape.rotary} rotary dimensions: only 32, 64, 128 and 256 are built"
+    return None
+
+
+def check(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> None:
+    """Raises ValueError when shapes or dtypes do not fit together."""
+    if projected.ndim != 2 or projected.shape[1] != shape.width or not 1 <= projected.shape[0] <= TAIL:
+        raise ValueError(f"projected is {projected.shape}, expected [1..{TAIL}, {shape.width}]")
+    if tail.shape != (2, shape.kv_heads, TAIL, HEAD_DIM) or tail.dtype != projected.dtype:
+        raise ValueError(f"tail is {tail.shape} {tail.dtype}, expected {(2, shape.kv_heads, TAIL, HEAD_DIM)}")
+    if position.shape != (2,) or position.dtype != mx.int32:
+        raise ValueError("position must be two int32")
+
+
+def attention_inputs(
+    projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape
+) -> tuple[mx.array, mx.array]:
+    """Prepares few rows of a gated attention layer, on CUDA.
+
+    Args:
+        projected: `[M, width]` projections: q and gate per head, k, v.
+        tail: `[2, kv_heads, 64, 256]`, keys then values of positions position[0] onwards.
+        position: two int32: the first position in the tail, and that of the first new row. The caller keeps
+            position[1] + M - position[0] <= 64. May still be uncomputed.
+        shape: the layer.
+
+    Returns:
+        Queries `[M, heads, 256]`, and the tail with the new rows' keys and values.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
+    """
+    check(projected, tail, position, shape)
+    reason = supported(shape, projected.dtype)
+    if reason:
+        raise ValueError(reason)
+    rows = projected.shape[0]
+    body = f"""
+  attention_inputs::run<{CUDA_TYPES[projected.dtype]}, {shape.rotary}, {TAIL}>(projected, tail, position, q_weight,
+      k_weight, queries, tail_out, projected_shape[0], {shape.heads}, {shape.kv_heads}, {shape.eps!r}f,
+      {math.log2(shape.theta)!r}f);
+"""
+    kernel = cuda_launch(
+        "attention_inputs",
+        source_text(__file__, "kernel.cu"),
+        body,
+        ("projected", "tail", "position", "q_weight", "k_weight"),
+        ("queries", "tail_out"),
+    )
+    items = rows * (shape.heads + 2 * shape.kv_heads) + 2 * shape.kv_heads * TAIL
+    queries, new_tail = kernel(
+        inputs=[projected, tail, position, shape.q_norm, shape.k_norm],
+        output_shapes=[(rows, shape.heads, HEAD_DIM), tail.shape],
+        output_dtypes=[projected.dtype, tail.dtype],
+        grid=(-(-items // _WARPS) * _WARPS * 32, 1, 1),
+        threadgroup=(_WARPS * 32, 1, 1),
+    )
+    return queries, new_tail

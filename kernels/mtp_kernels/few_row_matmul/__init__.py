@@ -1,0 +1,194 @@
+"""Matrix product for the few rows of a decode or verify pass, with RMSNorm, residual and SwiGLU fused.
+
+Row-invariant: a row of the result has the same bits whatever rows share the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, source_text, version_of
+from .reference import Matrix, reference, stock
+
+__all__ = ["VERSION", "Matrix", "few_row_matmul", "reference", "stock", "supported"]
+
+MAX_ROWS = 32
+TILE_ROWS = 8
+_THREADS = 512
+_WARPS = 16
+_MAX_STAGES = 6
+VERSION = version_of(source_text(__file__, "kernel.cu"))
+
+
+def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = False) -> str | None:
+    """None when the CUDA kernel can take these matrices, else the reason why not."""
+    first = matrices[0]
+    if dtype not in (mx.bfloat16, mx.float16):
+        return f"dtype {dtype} is neither bfloat16 nor float16"
+    if first.bits not in (4, 8, 16):
+        return f"{first.bits} bits: only 4, 8 and dense 16 are built"
+    if first.bits != 16 and first.group_size not in (32, 64, 128):
+        return f"group size {first.group_size}: only 32, 64 and 128 are built"
+    if any((m.bits, m.group_size, m.inputs) != (first.bits, first.group_size, first.inputs) for m in matrices):
+        return "the matrices differ in bits, group size or inputs"
+    if first.inputs % max(128, 2 * first.group_size):
+        return f"{first.inputs} inputs are no multiple of {max(128, 2 * first.group_size)}"
+    if swiglu and (len(matrices) != 2 or matrices[0].features != matrices[1].features):
+        return "SwiGLU takes a gate and an up matrix of one shape"
+    if _stages(1, first.inputs, first.bits, first.group_size, swiglu, True) is None:
+        return f"{first.inputs} inputs do not fit into shared memory"
+    return None
+
+
+def few_row_matmul(
+    x: mx.array,
+    matrices: Sequence[Matrix],
+    *,
+    norm_weight: mx.array | None = None,
+    eps: float = 1e-6,
+    residual: mx.array | None = None,
+    swiglu: bool = False,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Product of few rows with one or more weight matrices in one launch (per 8 rows or fewer), on CUDA.
+
+    Args:
+        x: `[M, K]` bfloat16 or float16, 1 <= M <= 32.
+        matrices: each `[N_i, K]`, alike in bits and group size; their outputs are concatenated.
+        norm_weight: `[K]`; when given, x is RMS-normalised with it first (arXiv 1910.07467).
+        eps: added to the mean square.
+        residual: `[M, N]` added to the product.
+        swiglu: the two matrices are gate and up, and the result is silu(gate) * up (arXiv 2002.05202).
+        out_dtype: dtype of the result; x's when None.
+
+    Returns:
+        `[M, N]`, N the sum of N_i, or N_0 with `swiglu`.
+
+    Raises:
+        ValueError: a shape, dtype or combination that the kernel does not have.
+    """
+    _check(x, matrices, norm_weight, residual, swiglu)
+    tile = _tile_rows(x.shape[0], matrices[0], swiglu, norm_weight is not None)
+    if x.shape[0] <= tile:
+        return _launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype or x.dtype)
+    parts = [
+        _launch(
+            x[i : i + tile],
+            matrices,
+            norm_weight,
+            eps,
+            None if residual is None else residual[i : i + tile],
+            swiglu,
+            out_dtype or x.dtype,
+        )
+        for i in range(0, x.shape[0], tile)
+    ]
+    return mx.concatenate(parts, axis=0)
+
+
+def _check(
+    x: mx.array, matrices: Sequence[Matrix], norm_weight: mx.array | None, residual: mx.array | None, swiglu: bool
+) -> None:
+    if not matrices:
+        raise ValueError("no matrix given")
+    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ValueError(f"x is {x.shape}, expected [1..{MAX_ROWS}, K]")
+    if x.shape[1] != matrices[0].inputs:
+        raise ValueError(f"x has {x.shape[1]} columns, the matrices take {matrices[0].inputs}")
+    reason = supported(matrices, x.dtype, swiglu=swiglu)
+    if reason:
+        raise ValueError(reason)
+    if swiglu and residual is not None:
+        raise ValueError("SwiGLU with a residual is not built")
+    features = matrices[0].features if swiglu else sum(m.features for m in matrices)
+    if residual is not None and residual.shape != (x.shape[0], features):
+        raise ValueError(f"residual is {residual.shape}, expected {(x.shape[0], features)}")
+    if norm_weight is not None and norm_weight.shape != (x.shape[1],):
+        raise ValueError(f"norm_weight is {norm_weight.shape}, expected {(x.shape[1],)}")
+    given = [a for m in matrices for a in (m.scales, m.biases) if a is not None]
+    given += [m.weight for m in matrices if m.bits == 16]
+    given += [a for a in (norm_weight, residual) if a is not None]
+    if any(a.dtype != x.dtype for a in given):
+        raise ValueError(f"scales, biases, dense weights, norm and residual must be {x.dtype} like x")
+
+
+def _shared_bytes(rows: int, inputs: int, bits: int, group: int, swiglu: bool, norm: bool, stages: int) -> int:
+    """Shared memory of one block, as laid out at the head of `run` in kernel.cu."""
+    per_tile = 2 if swiglu else 1
+    chunk = 512 // bits
+    stage = 1024 + (0 if bits == 16 else 32 * max(4, chunk // group * 2))
+    fold = 64 if bits == 4 and group > 32 else 32
+    ring = _WARPS * stages * per_tile * stage
+    reduce = _WARPS * per_tile * 512
+    squares = 32 * -(-inputs // 256) if norm else 0
+    sums = 0 if bits == 16 else inputs // fold * 32
+    return ring + reduce + squares + 32 + sums + rows * inputs * 2
+
+
+def _stages(rows: int, inputs: int, bits: int, group: int, swiglu: bool, norm: bool) -> int | None:
+    """Deepest ring that fits beside the activations, None when not even three stages do."""
+    most = _MAX_STAGES // 2 + 1 if swiglu else _MAX_STAGES
+    for stages in range(most, 2, -1):
+        if _shared_bytes(rows, inputs, bits, group, swiglu, norm, stages) <= SHARED_MEMORY_BYTES:
+            return stages
+    return None
+
+
+def _tile_rows(rows: int, matrix: Matrix, swiglu: bool, norm: bool) -> int:
+    """Rows of one launch: 8, or fewer where 8 rows of K activations do not fit."""
+    tile = min(rows, TILE_ROWS)
+    while _stages(tile, matrix.inputs, matrix.bits, matrix.group_size, swiglu, norm) is None:
+        tile = (tile + 1) // 2
+    return tile
+
+
+def _launch(
+    x: mx.array,
+    matrices: Sequence[Matrix],
+    norm_weight: mx.array | None,
+    eps: float,
+    residual: mx.array | None,
+    swiglu: bool,
+    out_dtype: mx.Dtype,
+) -> mx.array:
+    rows, inputs = x.shape
+    first = matrices[0]
+    stages = _stages(rows, inputs, first.bits, first.group_size, swiglu, norm_weight is not None)
+    names, arrays, rows_of = ["x"], [x], []
+    for i, m in enumerate(matrices):
+        names += [f"w{i}", f"s{i}", f"b{i}"] if m.scales is not None else [f"w{i}"]
+        arrays += m.arrays()
+        scales = f"(Bytes)s{i}, (Bytes)b{i}" if m.scales is not None else "nullptr, nullptr"
+        rows_of.append(f"{{(Bytes)w{i}, {scales}, w{i}_shape[0]}}")
+    for name, array in (("norm_weight", norm_weight), ("residual", residual)):
+        if array is not None:
+            names.append(name)
+            arrays.append(array)
+    epilogue = 2 if swiglu else int(residual is not None)
+    kind = CUDA_TYPES[x.dtype]
+    body = f"""
+  extern __shared__ __align__(128) unsigned char smem[];
+  using Bytes = const unsigned char*;
+  const few_row::Matrix matrices[{len(matrices)}] = {{{", ".join(rows_of)}}};
+  few_row::run<{kind}, {CUDA_TYPES[out_dtype]}, {first.bits}, {first.group_size or 64}, {len(matrices)}, {stages},
+               {"true" if norm_weight is not None else "false"}, {epilogue}>(
+      x, {"norm_weight" if norm_weight is not None else f"({kind}*)nullptr"},
+      {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
+      {eps!r}f, smem);
+"""
+    kernel = cuda_launch(
+        "few_row_matmul", source_text(__file__, "kernel.cu"), body, tuple(names), ("y",), SHARED_MEMORY_BYTES
+    )
+    features = first.features if swiglu else sum(m.features for m in matrices)
+    tiles = -(-first.features // 16) if swiglu else sum(-(-m.features // 16) for m in matrices)
+    blocks = min(multiprocessors(), tiles)
+    (y,) = kernel(
+        inputs=arrays,
+        output_shapes=[(rows, features)],
+        output_dtypes=[out_dtype],
+        grid=(blocks * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+    )
+    return y

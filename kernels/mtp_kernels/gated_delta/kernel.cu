@@ -1,0 +1,179 @@
+// Gated DeltaNet over few rows: replay of the kept rows of the last pass, then this pass's rows, in one launch.
+//
+// One block per value head; four lanes own one value row of the state, 32 key columns each, in registers. Kept and
+// new rows go through the same loop body, so a state reached by replay has the bits of one reached row by row.
+namespace gated_delta {
+
+constexpr int kThreads = 512;
+constexpr int kDim = 128;      // key and value head width
+constexpr int kTaps = 4;       // convolution taps
+constexpr int kMaxRows = 16;   // kept plus new
+
+__device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
+
+// Four lanes' partial sums in one fixed order.
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+
+template <typename T>
+struct Rows {
+  const T* window;   // [kTaps - 1, channels], the projections before `kept`
+  const T* kept;     // [kept rows, stride], the last pass's projections
+  const T* fresh;    // [rows, stride]
+  int channels, stride, kept_rows;
+
+  // Convolution input s: the window, then kept rows, then new rows.
+  __device__ __forceinline__ const T* at(int s) const {
+    if (s < kTaps - 1) return window + static_cast<size_t>(s) * channels;
+    return row(s - (kTaps - 1));
+  }
+  __device__ __forceinline__ const T* row(int t) const {
+    return t < kept_rows ? kept + static_cast<size_t>(t) * stride : fresh + static_cast<size_t>(t - kept_rows) * stride;
+  }
+};
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+
+// Convolution and silu of four neighbouring channels at row t.
+template <typename T>
+__device__ __forceinline__ void convolve(const Rows<T>& rows, const T* weight, int t, int channel, float (&out)[4]) {
+  Four<T> taps[4], inputs[kTaps];  // taps[channel].v[tap], inputs[tap].v[channel]
+#pragma unroll
+  for (int i = 0; i < 4; ++i) taps[i] = reinterpret_cast<const Four<T>*>(weight)[channel + i];
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) inputs[tap] = *reinterpret_cast<const Four<T>*>(rows.at(t + tap) + channel);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap)
+      out[i] = __fmaf_rn(static_cast<float>(inputs[tap].v[i]), static_cast<float>(taps[i].v[tap]), out[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = out[i] * sigmoid(out[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void run(const T* fresh, const T* kept, const int* keep, const T* window, const float* state,
+                                    const T* conv_weight, const float* a_log, const T* dt_bias, const T* norm_weight,
+                                    T* y, float* state_out, T* window_out, int new_rows, int value_heads, int key_heads,
+                                    float eps) {
+  __shared__ __align__(16) float qkv[kMaxRows][3][kDim];
+  __shared__ float decay[kMaxRows], beta[kMaxRows];
+  __shared__ __align__(16) float outputs[kMaxRows][kDim];
+  const int head = blockIdx.x, per_key = value_heads / key_heads, key_head = head / per_key;
+  const int key_width = key_heads * kDim, value_width = value_heads * kDim;
+  const int channels = 2 * key_width + value_width;
+  const int z_at = channels, b_at = z_at + value_width, a_at = b_at + value_heads, stride = a_at + value_heads;
+  const int kept_rows = keep[0], total = kept_rows + new_rows;
+  const Rows<T> rows{window, kept, fresh, channels, stride, kept_rows};
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int value_row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
+
+  float4 s[8];
+  const float4* source = reinterpret_cast<const float4*>(state + (static_cast<size_t>(head) * kDim + value_row) * kDim);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) s[j] = source[j * 4 + quarter];
+
+  const int channel_of[3] = {key_head * kDim, key_width + key_head * kDim, 2 * key_width + head * kDim};
+  for (int item = warp; item < total * 3; item += kThreads / 32) {
+    const int t = item / 3, part = item - 3 * t;
+    float v[4];
+    convolve(rows, conv_weight, t, channel_of[part] + lane * 4, v);
+    if (part < 2) {
+      float square = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) square = __fmaf_rn(v[i], v[i], square);
+      float scale = rsqrtf(warp_sum(square) + 1e-6f);
+      if (part == 0) scale *= 0.08838834764831845f;  // 128 ** -0.5
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] *= scale;
+    }
+    *reinterpret_cast<float4*>(&qkv[t][part][lane * 4]) = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  if (threadIdx.x < total) {
+    const T* row = rows.row(threadIdx.x);
+    const float pre = static_cast<float>(row[a_at + head]) + static_cast<float>(dt_bias[head]);
+    const float softplus = pre > 20.0f ? pre : log1pf(expf(pre));
+    decay[threadIdx.x] = expf(-expf(a_log[head]) * softplus);
+    beta[threadIdx.x] = sigmoid(static_cast<float>(row[b_at + head]));
+  }
+  // The window after the kept rows; key channels are shared by `per_key` heads, the first of which writes them.
+  for (int i = threadIdx.x; i < (kTaps - 1) * 3 * kDim; i += kThreads) {
+    const int tap = i / (3 * kDim), part = (i / kDim) % 3, channel = channel_of[part] + i % kDim;
+    if (part == 2 || head % per_key == 0)
+      window_out[static_cast<size_t>(tap) * channels + channel] = rows.at(kept_rows + tap)[channel];
+  }
+  __syncthreads();
+
+  float4* target = reinterpret_cast<float4*>(state_out + (static_cast<size_t>(head) * kDim + value_row) * kDim);
+  for (int t = 0; t <= total; ++t) {
+    if (t == kept_rows) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) target[j * 4 + quarter] = s[j];
+    }
+    if (t == total) break;
+    const float4* k4 = reinterpret_cast<const float4*>(qkv[t][1]);
+    const float4* q4 = reinterpret_cast<const float4*>(qkv[t][0]);
+    const float g = decay[t];
+    float4 key[8];
+    float4 part = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      key[j] = k4[j * 4 + quarter];
+      s[j] = make_float4(__fmul_rn(s[j].x, g), __fmul_rn(s[j].y, g), __fmul_rn(s[j].z, g), __fmul_rn(s[j].w, g));
+      part.x = __fmaf_rn(s[j].x, key[j].x, part.x);
+      part.y = __fmaf_rn(s[j].y, key[j].y, part.y);
+      part.z = __fmaf_rn(s[j].z, key[j].z, part.z);
+      part.w = __fmaf_rn(s[j].w, key[j].w, part.w);
+    }
+    const float recalled = quad_sum(__fadd_rn(__fadd_rn(part.x, part.y), __fadd_rn(part.z, part.w)));
+    const float delta = __fmul_rn(__fsub_rn(qkv[t][2][value_row], recalled), beta[t]);
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float4 query = q4[j * 4 + quarter];
+      s[j].x = __fmaf_rn(key[j].x, delta, s[j].x);
+      s[j].y = __fmaf_rn(key[j].y, delta, s[j].y);
+      s[j].z = __fmaf_rn(key[j].z, delta, s[j].z);
+      s[j].w = __fmaf_rn(key[j].w, delta, s[j].w);
+      out.x = __fmaf_rn(s[j].x, query.x, out.x);
+      out.y = __fmaf_rn(s[j].y, query.y, out.y);
+      out.z = __fmaf_rn(s[j].z, query.z, out.z);
+      out.w = __fmaf_rn(s[j].w, query.w, out.w);
+    }
+    const float read = quad_sum(__fadd_rn(__fadd_rn(out.x, out.y), __fadd_rn(out.z, out.w)));
+    if (quarter == 0 && t >= kept_rows) outputs[t - kept_rows][value_row] = read;
+  }
+  __syncthreads();
+
+  for (int m = warp; m < new_rows; m += kThreads / 32) {
+    float v[4], square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] = outputs[m][lane * 4 + i];
+      square = __fmaf_rn(v[i], v[i], square);
+    }
+    const float scale = rsqrtf(warp_sum(square) * (1.0f / kDim) + eps);
+    const T* gate = fresh + static_cast<size_t>(m) * stride + z_at + head * kDim + lane * 4;
+    T* row = y + static_cast<size_t>(m) * value_width + head * kDim + lane * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float z = static_cast<float>(gate[i]);
+      row[i] = static_cast<T>(v[i] * scale * static_cast<float>(norm_weight[lane * 4 + i]) * z * sigmoid(z));
+    }
+  }
+}
+
+}  // namespace gated_delta

@@ -1,0 +1,84 @@
+"""From a kernel's source text to a callable launch.
+
+A CUDA kernel here is a header of device functions (`kernel.cu`) and a one-statement body that names the template
+arguments. MLX keeps compiled code on disk by kernel name alone, so the name carries a digest of everything compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+SHARED_MEMORY_BYTES = 232_448
+"""Shared memory that one block may use on compute capability 9.0 (227 KiB)."""
+
+
+class Launch(Protocol):
+    """What `mx.fast.cuda_kernel` returns."""
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+    ) -> list[mx.array]: ...
+
+
+CUDA_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
+
+
+@functools.cache
+def source_text(package_file: str, name: str) -> str:
+    """Text of `name` beside the module at `package_file`."""
+    return (Path(package_file).parent / name).read_text(encoding="utf-8")
+
+
+def version_of(*texts: str) -> str:
+    """Short digest that changes with any of the texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def cuda_launch(
+    name: str, header: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_memory: int = 0
+) -> Launch:
+    """Callable for one CUDA kernel, compiled at its first evaluation.
+
+    `shared_memory` is dynamic shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so
+    the name carries that figure too.
+    """
+    digest = version_of(header, body, ",".join(inputs), ",".join(outputs), str(shared_memory))
+    kernel: Launch = mx.fast.cuda_kernel(
+        name=f"mtp_{name}_{digest}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=body,
+        header=header,
+        shared_memory=shared_memory,
+    )
+    return kernel
+
+
+@functools.cache
+def platform() -> str:
+    """`cuda`, `metal` or `cpu`: where MLX's default device runs custom kernels."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "cpu"
+    if mx.cuda.is_available():
+        return "cuda"
+    return "metal" if mx.metal.is_available() else "cpu"
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Multiprocessors of the default device; 132 (H100) where MLX does not say. Sizes grids, never results."""
+    info = mx.device_info()
+    return int(info.get("multi_processor_count", info.get("multiprocessor_count", 132)))

@@ -1,0 +1,181 @@
+"""Which implementation of each kernel runs here, and why.
+
+A kernel runs only after it passed two checks on this device at the shape asked for: against its reference, and eight
+rows in one pass against the same rows one at a time, bit for bit. One that fails, or does not compile, is replaced by
+MLX's own operations, and `status` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .launch import platform
+
+log = logging.getLogger(__name__)
+
+CHECK_ROWS = 8
+_TOLERANCE = {mx.bfloat16: 1e-2, mx.float16: 2e-3}
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+        kernel: name of its folder.
+        version: digest of its source.
+        shape: everything that its checks depend on besides the source, as text.
+        dtype: of its activations.
+        launches: implementation by platform (`cuda`, `metal`).
+        reference: same signature, plain MLX operations: the definition of right.
+        fallback: same signature, what runs where the kernel does not.
+        probe: called with an implementation and a number of rows, runs CHECK_ROWS fixed rows in passes of that many
+            and returns all of its results, row results first.
+        unproved: platforms on which no check has ever been seen to pass.
+    """
+
+    kernel: str
+    version: str
+    shape: str
+    dtype: mx.Dtype
+    launches: dict[str, Run]
+    reference: Run
+    fallback: Run
+    probe: Callable[[Run, int], list[mx.array]]
+    unproved: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one case.
+
+    Attributes:
+        implementation: a platform, or `fallback`.
+        reason: why.
+        error: relative error against the reference (norm of the difference over norm); None when not measured.
+        rows_equal: whether eight rows had the bits of one row at a time; None when not measured.
+    """
+
+    kernel: str
+    version: str
+    shape: str
+    implementation: str
+    reason: str
+    error: float | None = None
+    rows_equal: bool | None = None
+
+
+class Registry:
+    """Chooses implementations and remembers what the checks found.
+
+    Args:
+        cache_file: JSON file of check results by kernel version, device, MLX version and shape; None keeps them for
+            this process only. An unreadable file counts as empty.
+    """
+
+    def __init__(self, cache_file: Path | None = None) -> None:
+        self._cache_file = cache_file
+        self._choices: dict[str, Choice] = {}
+        self._stored: dict[str, dict[str, Any]] = _load(cache_file)
+
+    def resolve(self, case: Case) -> Run:
+        """The implementation to call for this case: a checked kernel, or the fallback."""
+        key = f"{case.kernel}:{case.version}:{case.dtype}:{case.shape}:{device_name()}:{mx.__version__}"
+        choice = self._choices.get(key) or self._from_store(key) or self._check(case)
+        self._choices[key] = choice
+        self._save(key, choice)
+        return case.fallback if choice.implementation == "fallback" else case.launches[choice.implementation]
+
+    @property
+    def fallbacks(self) -> int:
+        """Cases that run their fallback."""
+        return sum(choice.implementation == "fallback" for choice in self._choices.values())
+
+    def status(self) -> dict[str, Any]:
+        """What runs and why, ready for JSON."""
+        return {
+            "platform": platform(),
+            "device": device_name(),
+            "mlx": mx.__version__,
+            "fallbacks": self.fallbacks,
+            "kernels": [asdict(choice) for choice in self._choices.values()],
+        }
+
+    def _check(self, case: Case) -> Choice:
+        here = platform()
+        if here not in case.launches:
+            reason = "no GPU" if here == "cpu" else f"not built for {here}"
+            return Choice(case.kernel, case.version, case.shape, "fallback", reason)
+        try:
+            error, equal = _measure(case, case.launches[here])
+        except (RuntimeError, ValueError) as failure:  # a kernel that does not compile or launch
+            log.warning("kernel %s (%s) failed: %s", case.kernel, case.shape, failure)
+            return Choice(case.kernel, case.version, case.shape, "fallback", f"failed: {str(failure)[:500]}")
+        if not error <= _TOLERANCE[case.dtype]:
+            reason = f"differs from its reference by {error:.1e}"
+        elif not equal:
+            reason = "eight rows differ from one row"
+        else:
+            reason = "checked on this device"
+            if here in case.unproved:
+                reason += "; unproved elsewhere"
+            return Choice(case.kernel, case.version, case.shape, here, reason, error, equal)
+        log.warning("kernel %s (%s) %s", case.kernel, case.shape, reason)
+        return Choice(case.kernel, case.version, case.shape, "fallback", reason, error, equal)
+
+    def _from_store(self, key: str) -> Choice | None:
+        if platform() == "cpu" or key not in self._stored:
+            return None
+        return Choice(**self._stored[key])
+
+    def _save(self, key: str, choice: Choice) -> None:
+        """Store what was measured; failures to compile are tried again by the next process."""
+        if self._cache_file is None or choice.error is None or self._stored.get(key) == asdict(choice):
+            return
+        self._stored[key] = asdict(choice)
+        self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._cache_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._stored, indent=1), encoding="utf-8")
+        temporary.replace(self._cache_file)
+
+
+def device_name() -> str:
+    """Name of MLX's default device."""
+    return str(mx.device_info().get("device_name", "unknown"))
+
+
+def relative_error(got: mx.array, want: mx.array) -> float:
+    """Norm of the difference over norm of `want`; infinite when `got` holds a NaN."""
+    got, want = got.astype(mx.float32), want.astype(mx.float32)
+    error = float((mx.linalg.norm((got - want).flatten()) / (mx.linalg.norm(want.flatten()) + 1e-30)).item())
+    return error if error == error else float("inf")
+
+
+def _measure(case: Case, run: Run) -> tuple[float, bool]:
+    together = case.probe(run, CHECK_ROWS)
+    alone = case.probe(run, 1)
+    wanted = case.probe(case.reference, CHECK_ROWS)
+    mx.eval(together, alone, wanted)
+    error = max(relative_error(got, want) for got, want in zip(together, wanted, strict=True))
+    equal = all(bool(mx.array_equal(a, b).item()) for a, b in zip(together, alone, strict=True))
+    return error, equal
+
+
+def _load(cache_file: Path | None) -> dict[str, dict[str, Any]]:
+    if cache_file is None or not cache_file.exists():
+        return {}
+    try:
+        stored = json.loads(cache_file.read_text(encoding="utf-8"))
+        return {key: asdict(Choice(**value)) for key, value in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        log.warning("kernel checks in %s are unreadable and will be made again", cache_file)
+        return {}
