@@ -125,7 +125,7 @@ class ScriptedDrafter:
             return drafts
         # The scripted tokens depend on the head's, so that its passes are not optimised away.
         return [
-            Draft(mx.depends(mine.tokens, [theirs.tokens])[0] if theirs else mine.tokens, mine.law) if mine else None
+            Draft(mx.depends(mine.tokens, [theirs.tokens]) if theirs else mine.tokens, mine.law) if mine else None
             for mine, theirs in zip(drafts, paid_for, strict=True)
         ]
 

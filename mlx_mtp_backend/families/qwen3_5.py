@@ -107,9 +107,9 @@ class Qwen35:
         variant = partial(Qwen35, self.text, seed_norm=self.seed_norm, recycle_norm=self.recycle_norm)
         return {
             f"{other.value}-norm seed": Qwen35(self.text, self.mtp, other, self.recycle_norm),
-            "hidden before embedding": variant(_edited(self.mtp, "fc.", _halves_swapped)),
-            "norms one lower": variant(_edited(self.mtp, "norm.weight", lambda weight: weight - 1)),
-            "norms one higher": variant(_edited(self.mtp, "norm.weight", lambda weight: weight + 1)),
+            "hidden before embedding": variant(_edited(self.mtp, _halves_swapped)),
+            "norms one higher": variant(_edited(self.mtp, lambda _, w: w + 1 if w.ndim == 1 else w)),
+            "norms one lower": variant(_edited(self.mtp, lambda _, w: w - 1 if w.ndim == 1 else w)),
         }
 
     def logits(self, normed: mx.array) -> mx.array:
@@ -118,15 +118,17 @@ class Qwen35:
         return read(normed)
 
 
-def _edited(head: MTPHead, part: str, change: Callable[[mx.array], mx.array]) -> MTPHead:
-    """A copy of the head, weights shared, with those changed whose name holds `part`."""
+def _edited(head: MTPHead, change: Callable[[str, mx.array], mx.array]) -> MTPHead:
+    """A copy of the head that shares the weights which `change`, given name and weight, leaves alone."""
     edited = copy.deepcopy(head)
     weights: Any = head.parameters()  # type: ignore[no-untyped-call]
-    edited.update(tree_map_with_path(lambda name, w: change(w) if part in name else w, weights))
+    edited.update(tree_map_with_path(change, weights))
     return edited
 
 
-def _halves_swapped(weight: mx.array) -> mx.array:
+def _halves_swapped(name: str, weight: mx.array) -> mx.array:
+    if not name.startswith("fc."):
+        return weight
     first, second = mx.split(weight, 2, axis=-1)
     return mx.concatenate([second, first], axis=-1)
 

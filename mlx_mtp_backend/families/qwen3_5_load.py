@@ -38,7 +38,7 @@ def load(path: Path, options: LoadOptions, dtype: mx.Dtype | None) -> Generator[
     files = find_tensors(path, options.head_path)
     yield LoadProgress("open", 0.0)
     text, config = _open_trunk(path)
-    head = _open_head(text.args, files, config) if files.head else None
+    head = _open_head(text.args, files, config, dtype) if files.head else None
     for module in (text, head):
         if module is not None and dtype is not None:
             module.set_dtype(dtype)
@@ -60,7 +60,9 @@ def _open_trunk(path: Path) -> tuple[TextModel, dict[str, object]]:
     return model.language_model, config
 
 
-def _open_head(args: TextModelArgs, files: CheckpointFiles, config: dict[str, object]) -> MTPHead:
+def _open_head(
+    args: TextModelArgs, files: CheckpointFiles, config: dict[str, object], dtype: mx.Dtype | None
+) -> MTPHead:
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in files.head.values()}):
         loaded: Any = mx.load(str(files.head_folder / file))
@@ -68,7 +70,7 @@ def _open_head(args: TextModelArgs, files: CheckpointFiles, config: dict[str, ob
     if missing := sorted(qwen3_5_head(vars(args)).keys() - weights.keys()):
         raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"the head lacks {', '.join(missing)}")
     if stored_zero_centred(weights):
-        weights = {name: w + 1.0 if w.ndim == 1 else w for name, w in weights.items()}
+        weights = {name: _shifted(w, dtype) if w.ndim == 1 else w for name, w in weights.items()}
     head = MTPHead(args)
     quantization = config.get("quantization")
     if isinstance(quantization, dict) and any(name.endswith(".scales") for name in weights):
@@ -85,6 +87,11 @@ def _open_head(args: TextModelArgs, files: CheckpointFiles, config: dict[str, ob
         raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"head: {str(error)[:300]}") from error
     head.eval()
     return head
+
+
+def _shifted(weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """In fp32, as near 1 a half float drops most of what a weight near 0 says."""
+    return (weight.astype(mx.float32) + 1).astype(dtype or weight.dtype)
 
 
 def stored_zero_centred(weights: dict[str, mx.array]) -> bool:

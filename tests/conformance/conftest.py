@@ -1,8 +1,13 @@
 """Collects what each conformance test established and prints it as two tables."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.synthetic import Recipe, write
+from tests.conformance import decode
 
 PROMISES: list[tuple[str, str, int, str]] = []
 MUTATIONS: list[tuple[str, str]] = []
@@ -33,3 +38,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [(promise, what, str(cases), worst) for promise, what, cases, worst in PROMISES]
     _table(terminalreporter, "conformance", ("promise", "checked", "cases", "worst figure"), rows)
     _table(terminalreporter, "planted bugs", ("bug", "caught by"), MUTATIONS)
+
+
+@pytest.fixture(scope="session")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; logits depend on every token before."""
+    return write(tmp_path_factory.mktemp("history"), Recipe(kind="history"))
+
+
+@pytest.fixture(scope="session")
+def history_model(history: Path) -> Model:
+    return decode.load(history)

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-PACKAGE = "mlx_mtp_backend"
+PACKAGES = ("mlx_mtp_backend", "tests.conformance")
 
 
 @contextlib.contextmanager
 def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
     """Replace the one occurrence of `old` in the module's source while the context lasts.
 
-    Everything that the package imported from the module by name is replaced as well.
+    Everything that the package or these tests imported from the module by name is replaced as well.
     """
     source = inspect.getsource(module)
     if source.count(old) != 1:
@@ -34,7 +34,7 @@ def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
     }
     undo: list[tuple[ModuleType, str, object]] = []
     try:
-        for user in [m for name, m in sys.modules.items() if name.startswith(PACKAGE)]:
+        for user in [m for name, m in sys.modules.items() if name.startswith(PACKAGES)]:
             for name, value in list(vars(user).items()):
                 if id(value) in swaps:
                     undo.append((user, name, value))

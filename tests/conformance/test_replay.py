@@ -1,0 +1,143 @@
+"""Replay: a seeded reply is a function of model, prompt, parameters and seed alone.
+
+The same tokens at any depth, with good and bad drafts, beside any neighbours, across prefill chunk borders.
+"""
+
+import itertools
+
+import pytest
+
+from mlx_mtp_backend import rounds
+from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.cache import delta, kv
+from mlx_mtp_backend.drafters import HeadDrafter
+from tests.conformance import decode
+from tests.conformance.planting import planted
+
+# One row short of a prefill chunk, a whole one, one over; and a reply that crosses a growth step of the KV buffers.
+LENGTHS = [decode.CHUNK - 1, decode.CHUNK, 2 * decode.CHUNK + 1, 250]
+PROMPTS = [[(41 * i + 7 * n) % 690 for i in range(n)] for n in LENGTHS]
+NEW = 14
+SAMPLINGS = {
+    "greedy": Sampling(0.0),
+    "0.6": Sampling(0.6, top_k=20, top_p=0.95),
+    "1.0": Sampling(1.0),
+}
+DRAFTERS = [0.0, 0.5, 0.9, 1.0, "head"]
+
+
+def plain(model, sampling, prompts=PROMPTS, new=NEW):
+    """Each prompt alone, without drafts."""
+    return [
+        decode.generate(model, [prompt], new, HeadDrafter(model), sampling=sampling, depth=0, seed=11 + i)[0]
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def references(history_model):
+    return {name: plain(history_model, sampling) for name, sampling in SAMPLINGS.items()}
+
+
+def wrong_tokens(model, references, sampling, depth, kind) -> int:
+    """Of the prompts decoded together, how many do not give their plain tokens."""
+    drafter = HeadDrafter(model) if kind == "head" else decode.scripted(model, references, kind)
+    together = decode.generate(model, PROMPTS, NEW, drafter, sampling=sampling, depth=depth)
+    return sum(one.tokens != reference.tokens for one, reference in zip(together, references, strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_the_same_tokens_whatever_the_drafts(history_model, references, name, depth, establish):
+    wrong = {kind: wrong_tokens(history_model, references[name], SAMPLINGS[name], depth, kind) for kind in DRAFTERS}
+    cases = len(DRAFTERS) * len(PROMPTS)
+    establish("replay", f"temperature {name}, depth {depth}, five drafters", cases, f"{sum(wrong.values())} differ")
+    assert not any(wrong.values())
+
+
+def test_the_references_are_not_all_alike(references):
+    """A model that always says the same would pass everything above."""
+    replies = {tuple(one.tokens[-NEW:]) for runs in references.values() for one in runs}
+    assert len(replies) == len(SAMPLINGS) * len(PROMPTS)
+
+
+def test_acceptance_is_what_was_scripted(history_model, references, establish):
+    """The matrix above is worth something only if drafts really were accepted and rejected."""
+    worst = 0.0
+    for kind in (0.0, 0.5, 0.9, 1.0):
+        drafter = decode.scripted(history_model, references["1.0"], kind)
+        runs = decode.generate(history_model, PROMPTS, NEW, drafter, sampling=Sampling(1.0), depth=1)
+        kept = sum(one.accepted[0] for one in runs) / sum(one.drafted[0] for one in runs)
+        worst = max(worst, abs(kept - kind))
+    establish("replay", "scripted acceptance against the set one", 4, f"off by {worst:.2f}")
+    assert worst < 0.25
+
+
+def test_neighbours_come_and_go(history_model, references):
+    """One sequence decodes while others join and leave its passes."""
+    reference = references["0.6"][2]
+    drafter = HeadDrafter(history_model)
+    one = decode.start(history_model, PROMPTS[2], NEW, sampling=SAMPLINGS["0.6"], seed=13, rule=Rule.COUPLING, depth=3)
+    others = [
+        decode.start(history_model, PROMPTS[i % 2], 9, sampling=Sampling(1.0), seed=i, rule=Rule.REJECTION, depth=i)
+        for i in range(4)
+    ]
+    decode.prefill(history_model, one)
+    for turn in itertools.count():
+        if len(one.tokens) == one.limit:
+            break
+        joined = others[: turn + 1]
+        for other in joined:
+            decode.prefill(history_model, other)
+        running = [other for other in joined if len(other.tokens) < other.limit]
+        rounds.run_round(history_model, drafter, [*running[::2], one, *running[1::2]])
+    assert one.tokens == reference.tokens
+
+
+def test_depth_may_change_in_mid_reply(history_model, references):
+    """Rounds without drafts keep their hiddens, and the head catches up in one pass when drafting resumes."""
+    reference = references["1.0"][3]
+    one = decode.start(history_model, PROMPTS[3], NEW, sampling=Sampling(1.0), seed=14, rule=Rule.COUPLING, depth=4)
+    decode.prefill(history_model, one)
+    for depth in itertools.cycle([0, 0, 3, 1, 0, 4]):
+        if len(one.tokens) == one.limit:
+            break
+        one.depth = depth
+        rounds.run_round(history_model, HeadDrafter(history_model), [one])
+        held = one.head[0].offset + one.pending.shape[0]
+        assert held == len(one.tokens) - 1
+    assert one.tokens == reference.tokens
+
+
+BUGS = [
+    (
+        "noise reused across positions",
+        rounds,
+        "positions = mx.arange(length, length + logits.shape[0])",
+        "positions = mx.full((logits.shape[0],), length)",
+    ),
+    (
+        "row 0's history used for all rows",
+        rounds,
+        "p = sampling.transform(logits, sequence.sampling)",
+        "p = sampling.transform(mx.repeat(logits[:1], logits.shape[0], axis=0), sequence.sampling)",
+    ),
+    ("positions counted from the round", rounds, "length = len(sequence.tokens)", "length = sequence.rounds"),
+    ("KV cache not rolled back", kv, "self.offset = self._mark + keep", "pass"),
+    (
+        "GDN state not rolled back",
+        delta,
+        "self.state = self._replay(tuple(rows[:, :keep] for rows in tape.recurrence), self._mark[1])",
+        "pass",
+    ),
+    ("conv window not rolled back", delta, "self.conv = tape.conv_input[:, keep : keep + self._window]", "pass"),
+    ("one accepted row too many kept", rounds, "sequence.trunk, len(tokens))", "sequence.trunk, len(tokens) + 1)"),
+]
+
+
+@pytest.mark.parametrize(("bug", "module", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
+def test_a_planted_bug_is_caught(bug, module, old, new, history, references, caught):
+    with planted(module, old, new):
+        wrong = wrong_tokens(decode.load(history), references["1.0"], Sampling(1.0), 4, 0.5)
+    assert wrong
+    caught(bug, f"test_the_same_tokens_whatever_the_drafts: {wrong} of {len(PROMPTS)} replies differ")
