@@ -87,6 +87,7 @@ def _parameters(xllamacpp: Any, config: ChildConfig) -> Any:
     parameters.n_batch = parameters.n_ubatch = config.batch_tokens
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = config.threads
     parameters.n_gpu_layers = config.gpu_layers
+    parameters.cache_ram_mib = 0  # the default keeps up to 8 GiB of prompts that no slot holds any more
     parameters.prefill_assistant = False  # a conversation that ends with the assistant gets a new turn
     if config.draft_depth:
         parameters.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]

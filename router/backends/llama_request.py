@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from router.backends.llama_schema import SchemaError, checked_schema
 from router.domain import (
     ErrorReason,
     FieldViolation,
@@ -38,7 +38,8 @@ def generation_body(request: GenerationRequest, seed: int | None, limits: Limits
     """Path and body that start a streamed generation.
 
     Raises:
-        RouterError: INVALID_REQUEST for token ids outside the vocabulary and rules that are not JSON.
+        RouterError: INVALID_REQUEST for token ids outside the vocabulary and schemas that llama.cpp cannot follow;
+            FIELD_NOT_IMPLEMENTED for a response format without messages.
     """
     refuse_foreign_tokens(request, limits)
     body = _common_body(request, seed, limits)
@@ -50,11 +51,16 @@ def generation_body(request: GenerationRequest, seed: int | None, limits: Limits
         if request.response_format is not None:
             body["response_format"] = _chat_format(request.response_format)
         return CHAT_PATH, body
+    if request.response_format is not None:
+        # Here llama.cpp generates freely where it cannot compile the schema; for messages it reports an error.
+        raise RouterError(
+            ErrorReason.FIELD_NOT_IMPLEMENTED,
+            "the llama.cpp backend binds answers to a response format for messages only",
+            metadata={"field": "response_format"},
+        )
     body["prompt"] = request.prompt.text if isinstance(request.prompt, TextPrompt) else list(request.prompt.ids)
     if count is not None:
         body["n_probs"] = max(count, 1)
-    if request.response_format is not None:
-        body["json_schema"] = _schema(request.response_format)
     return COMPLETION_PATH, body
 
 
@@ -114,16 +120,11 @@ def _message(message: Message) -> Json:
 def _chat_format(response_format: ResponseFormat) -> Json:
     if response_format.kind is FormatKind.JSON_OBJECT:
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": {"schema": _schema(response_format)}}
-
-
-def _schema(response_format: ResponseFormat) -> Any:
-    if response_format.kind is FormatKind.JSON_OBJECT:
-        return {"type": "object"}
     try:
-        return json.loads(response_format.rule)
-    except (ValueError, RecursionError):
-        raise invalid("response_format.json_schema", "the schema is not JSON") from None
+        schema = checked_schema(response_format.rule)
+    except SchemaError as error:
+        raise invalid("response_format.json_schema", str(error)) from None
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def refuse_foreign_tokens(request: GenerationRequest, limits: Limits) -> None:

@@ -167,7 +167,8 @@ async def test_token_prompts_are_taken_as_they_are(backend: LlamaCppBackend, scr
     [
         (counting(prompt=TokensPrompt((1, 10**6))), "token_ids"),
         (counting(sampling=replace(GREEDY, logit_bias={10**6: 1.0})), "sampling.logit_bias"),
-        (counting(response_format=ResponseFormat(FormatKind.JSON_SCHEMA, "{")), "response_format.json_schema"),
+        (chat(response_format=ResponseFormat(FormatKind.JSON_SCHEMA, "{")), "response_format.json_schema"),
+        (chat(response_format=ResponseFormat(FormatKind.JSON_SCHEMA, "5")), "response_format.json_schema"),
         (chat(response_format=ResponseFormat(FormatKind.JSON_SCHEMA, '{"type": 7}')), "response_format.json_schema"),
     ],
 )
@@ -179,21 +180,14 @@ async def test_what_cannot_be_followed_is_refused_by_field(
     assert [violation.field for violation in error.violations] == [field]
 
 
-@pytest.mark.parametrize("prompt", [HELLO, TextPrompt("L")])
-async def test_a_schema_binds_the_text(
-    backend: LlamaCppBackend, script_file: Path, prompt: MessagesPrompt | TextPrompt
-) -> None:
+async def test_a_schema_binds_the_answer(backend: LlamaCppBackend, script_file: Path) -> None:
     schema = ResponseFormat(FormatKind.JSON_SCHEMA, '{"enum": ["yes"]}')
-    request = chat(prompt=prompt, response_format=schema, reasoning=ReasoningMode.OFF)
+    request = chat(response_format=schema, reasoning=ReasoningMode.OFF)
     assert json.loads(text(await collect(backend, entry(script_file), request))) == "yes"
 
 
-@pytest.mark.parametrize("prompt", [HELLO, TextPrompt("L")])
-async def test_json_object_binds_the_text(
-    backend: LlamaCppBackend, script_file: Path, prompt: MessagesPrompt | TextPrompt
-) -> None:
+async def test_json_object_binds_the_answer(backend: LlamaCppBackend, script_file: Path) -> None:
     request = chat(
-        prompt=prompt,
         sampling=replace(GREEDY, logit_bias={ord("{"): 60.0}),  # alone it would say nothing but braces
         response_format=ResponseFormat(FormatKind.JSON_OBJECT),
         reasoning=ReasoningMode.OFF,
@@ -202,6 +196,11 @@ async def test_json_object_binds_the_text(
     said = text(await collect(backend, entry(script_file), request))
     assert said.startswith("{")
     assert not said.startswith("{{")
+
+
+async def test_a_format_for_bare_text_is_refused(backend: LlamaCppBackend, script_file: Path) -> None:
+    error = await refused(backend, script_file, counting(response_format=ResponseFormat(FormatKind.JSON_OBJECT)))
+    assert error.reason is ErrorReason.FIELD_NOT_IMPLEMENTED
 
 
 async def test_logprobs_are_those_before_any_transform(backend: LlamaCppBackend, script_file: Path) -> None:

@@ -49,13 +49,17 @@ def pid(backend: LlamaCppBackend, model: ModelEntry) -> int:
 
 
 def gone(process: int) -> bool:
+    """Whether it ended; one that its parent has not waited for counts."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
-    with contextlib.suppress(FileNotFoundError):  # a zombie counts: nobody has waited for it yet
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
 
 
 async def eventually(condition, seconds: float = 5.0) -> float:  # type: ignore[no-untyped-def]
@@ -100,42 +104,27 @@ async def error_of(backend: LlamaCppBackend, model: ModelEntry, request: Generat
 # Loading
 
 
-async def test_concurrent_requests_share_one_load(make_backend, script_file: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+async def test_concurrent_requests_share_one_load(make_backend, script_file: Path, spawned) -> None:  # type: ignore[no-untyped-def]
     backend, model = make_backend(parallel=4), entry(script_file)
-    spawned = []
-    spawn = asyncio.create_subprocess_exec
-
-    async def counted(*arguments, **options):  # type: ignore[no-untyped-def]
-        spawned.append(arguments)
-        return await spawn(*arguments, **options)
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
     answers = await asyncio.gather(*(collect(backend, model, counting(stop=SHORT)) for _ in range(8)))
     assert {text(events) for events in answers} == {" n0 n1 n2"}
     assert len(spawned) == 1
     assert all(isinstance(events[0], Loading | Queued) for events in answers)
 
 
-async def test_a_load_that_nobody_waits_for_is_given_up(make_backend, slow_file: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_load_that_nobody_waits_for_is_given_up(make_backend, slow_file: Path, spawned) -> None:  # type: ignore[no-untyped-def]
     backend, model = make_backend(), entry(slow_file)
-    before = children()
     waiting = [asyncio.create_task(collect(backend, model, counting())) for _ in range(2)]
-    await eventually(lambda: children() - before)
-    (child,) = children() - before
+    await eventually(lambda: spawned)
     waiting[0].cancel()
     await asyncio.sleep(0)
     assert backend.model_state(model) is ModelState.LOADING  # the other one still waits
     waiting[1].cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert backend.model_state(model) is ModelState.COLD
-    await eventually(lambda: gone(child))
+    await eventually(lambda: spawned[0].returncode is not None)
     assert text(await collect(backend, model, counting(stop=SHORT))) == " n0 n1 n2"
-
-
-def children() -> set[int]:
-    """Process ids of this process's children, on Linux."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+    assert len(spawned) == 2
 
 
 async def test_a_file_that_is_no_model_fails_to_load_and_says_when_to_try_again(make_backend, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -153,11 +142,10 @@ async def test_a_file_that_is_no_model_fails_to_load_and_says_when_to_try_again(
     assert 0 < again.retry_after <= 30
 
 
-async def test_a_load_that_takes_too_long_is_ended(make_backend, script_file: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_load_that_takes_too_long_is_ended(make_backend, script_file: Path, spawned) -> None:  # type: ignore[no-untyped-def]
     backend, model = make_backend(load_timeout=0.01), entry(script_file)
-    before = children()
     assert (await error_of(backend, model, counting())).reason is ErrorReason.MODEL_LOAD_FAILED
-    assert not children() - before
+    assert [process.returncode is not None for process in spawned] == [True]
 
 
 async def test_preload_and_unload(make_backend, script_file: Path) -> None:  # type: ignore[no-untyped-def]
@@ -251,7 +239,7 @@ async def test_a_thousand_cancels_leave_nothing_behind(make_backend, script_file
         status = backend.status()
         return (
             len(asyncio.all_tasks()),
-            len(os.listdir("/proc/self/fd")),
+            open_files(),
             status.active_requests,
             status.queued_requests,
         )
@@ -420,10 +408,24 @@ def test_children_die_with_a_parent_killed_by_sigkill(slow_file: Path) -> None:
         time.sleep(0.01)
 
 
-async def test_close_ends_children_answers_and_everything_else(make_backend, slow_file: Path) -> None:  # type: ignore[no-untyped-def]
-    fds = len(os.listdir("/proc/self/fd"))
+def test_a_child_whose_interpreter_is_blocked_by_native_code_dies_at_the_end_of_stdin_too() -> None:
+    """Loading a model holds the interpreter's lock, so no Python thread could see its stdin end."""
+    script = (
+        "import ctypes, os; from router.backends.llama_child import _die_with_parent; _die_with_parent();"
+        "os.write(1, b'armed'); ctypes.PyDLL(None).sleep(30)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.read(5) == b"armed"
+        time.sleep(0.1)
+        child.stdin.close()
+        assert child.wait(2.0) == -signal.SIGIO
+
+
+async def test_close_ends_children_answers_and_everything_else(make_backend, slow_file: Path, spawned) -> None:  # type: ignore[no-untyped-def]
+    fds = open_files()
     tasks = len(asyncio.all_tasks())
-    earlier = children()
     backend, model = make_backend(parallel=1), entry(slow_file)
     async with aclosing(backend.generate(model, counting())) as events:
         await first(events, Delta)
@@ -437,9 +439,9 @@ async def test_close_ends_children_answers_and_everything_else(make_backend, slo
     assert (await waiting).reason is ErrorReason.DRAINING
     await backend.close()
     assert gone(process)
-    assert process not in children()  # waited for, not a zombie
+    assert spawned[0].returncode is not None  # waited for, not a zombie
     assert (await error_of(backend, model, counting())).reason is ErrorReason.DRAINING
-    assert not children() - earlier
+    assert len(spawned) == 1  # the one that waited started none
     gc.collect()
     await eventually(lambda: len(asyncio.all_tasks()) == tasks)
-    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= fds)
+    await eventually(lambda: open_files() <= fds)
