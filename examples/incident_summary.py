@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from router.client import DEFAULT_TARGET, Answer, AnswerStatistics, Client, RouterCallError
+from router.client import DEFAULT_TARGET, Answer, AnswerStatistics, Client, GenerationFields, RouterCallError
 
 STORM = Path(__file__).with_name("alert_storm.json")
 
@@ -36,18 +36,22 @@ def render(storm: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def request(storm: Mapping[str, Any]) -> GenerationFields:
+    """What is asked of the model."""
+    return {
+        "messages": render(storm),
+        "temperature": 0.2,
+        "seed": 8,
+        "max_output_tokens": 80,
+        "stop": ["\n\n"],
+        "labels": {"incident": storm["incident"]},
+        "correlation_id": storm["incident"],
+    }
+
+
 def summarize(client: Client, model: str, storm: Mapping[str, Any]) -> Answer:
     """Streams the summary to standard output and returns the finished answer. Raises RouterCallError."""
-    with client.stream(
-        model,
-        messages=render(storm),
-        temperature=0.2,
-        seed=8,
-        max_output_tokens=80,
-        stop=["\n\n"],
-        labels={"incident": storm["incident"]},
-        correlation_id=storm["incident"],
-    ) as answer:
+    with client.stream(model, **request(storm)) as answer:
         for delta in answer:
             print(delta.text, end="", flush=True)
     print()

@@ -47,6 +47,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.chat import run
         case "models":
             from router.cli.models import run
+        case "explain":
+            from router.cli.explain import run
+        case "inspect":
+            from router.cli.inspect import run
         case "pull":
             from router.cli.pull import run
         case "config":

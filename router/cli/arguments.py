@@ -39,6 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("name", nargs="?", help="only this model")
     models.add_argument("--evidence", action="store_true", help="say how each capability is known")
 
+    explain = commands.add_parser(
+        "explain", help="say what would answer for a model, and why", parents=[settings, server, lines]
+    )
+    explain.add_argument("name", help="name or alias")
+
+    inspect = commands.add_parser("inspect", help="say what a model's files show of themselves", parents=[lines])
+    inspect.add_argument("path", type=Path, help="GGUF file or checkpoint folder")
+    inspect.add_argument("--head", type=Path, metavar="PATH", help="where else a checkpoint's head may lie")
+
     pull = commands.add_parser("pull", help="fetch a small model", parents=[lines])
     pull.add_argument("name", help="what to fetch, such as smollm2")
 

@@ -17,8 +17,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The demo with nothing to pull: `--help` stands in for that, all else is real."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("demo")
+    module = importlib.import_module("demo")
+    monkeypatch.setattr(module, "PULLED", "--help")
+    return module
 
 
 def test_the_storm_is_one_to_41_in_order_with_its_cause_first() -> None:
@@ -68,18 +71,20 @@ def test_the_demo_shows_the_server_s_log_where_it_does_not_start(
     assert "the demo failed: the server did not start" in err
 
 
-def test_the_demo_starts_and_drains_the_real_server(
+def test_the_demo_drafts_on_the_real_server_and_drains_it(
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "LANES", [])
+    monkeypatch.setattr(demo, "LANES", [lane for lane in demo.LANES if lane.replay])
     assert demo.main() == 0
-    assert capsys.readouterr().err == ""
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "backend: mlx" in shown.out
+    assert "with drafting off, the same seed gives the same text" in shown.out
 
 
 def test_the_demo_fails_where_a_lane_fails(
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--help` stands in for the pull; server, client and failure are real."""
-    monkeypatch.setattr(demo, "LANES", [demo.Lane("a model that nobody has", model="missing", pull="--help")])
+    monkeypatch.setattr(demo, "LANES", [demo.Lane("a model that nobody has", model="missing")])
     assert demo.main() == 1
     assert "the demo failed: no model named 'missing'" in capsys.readouterr().err

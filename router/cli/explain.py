@@ -1,0 +1,27 @@
+"""`mtp-router explain`: what would answer for a model now, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+from mtp_router.generate import v1
+
+from router.cli.connection import connect
+from router.cli.failures import FAILED, OK, one_line
+from router.cli.output import json_line
+from router.client import enum_name
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks the server; exit status 1 for a model that cannot be served."""
+    with connect(arguments) as client:
+        model = client.get_model(arguments.name)
+    if arguments.json:
+        print(json_line(model))
+    elif model.problem:
+        print(one_line(f"{model.name}: {model.problem}"))
+    else:
+        print(f"model:   {model.name}")
+        print(f"backend: {model.route.backend} ({enum_name(v1.BackendKind, model.route.backend_kind)})")
+        print(f"why:     {one_line(model.route.reason)}")
+    return FAILED if model.problem else OK

@@ -1,0 +1,70 @@
+"""`inspect` and `explain`: what a model can do, how that is known, and what would answer for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mtp_router.generate import v1
+from support.fake_router import ROUTE, FakeRouter
+from support.gguf_files import Script, write_script_model
+
+from mlx_mtp_backend.synthetic import Recipe, write
+from router.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def inspect_json(path: Path, capsys: Capture, status: int = 0) -> dict[str, object]:
+    assert main(["inspect", str(path), "--json"]) == status
+    value = json.loads(capsys.readouterr().out)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_inspect_shows_the_tensors_that_prove_a_head(tmp_path: Path, capsys: Capture) -> None:
+    shown = inspect_json(write(tmp_path / "model", Recipe(layers=2)), capsys)
+    assert shown["capabilities"]["mtp"]["supported"] is True  # type: ignore[index]
+    head = shown["checkpoint"]["mtp"]  # type: ignore[index]
+    assert head["status"] == "present"
+    assert "mtp.fc.weight" in {tensor["name"] for tensor in head["tensors"]}
+
+
+def test_inspect_tells_a_head_that_was_removed(tmp_path: Path, capsys: Capture) -> None:
+    path = write(tmp_path / "model", Recipe(layers=2, head="none"))
+    shown = inspect_json(path, capsys)
+    assert shown["capabilities"]["mtp"]["supported"] is False  # type: ignore[index]
+    assert shown["checkpoint"]["mtp"]["status"] == "declared_but_absent"  # type: ignore[index]
+    assert main(["inspect", str(path)]) == 0
+    assert "declared but absent" in capsys.readouterr().out
+
+
+def test_inspect_reads_gguf_files(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "small.gguf"
+    write_script_model(path, {"a": Script(["b"])})
+    shown = inspect_json(path, capsys)
+    assert (shown["format"], shown["architecture"]) == ("gguf", "llama")
+    assert "checkpoint" not in shown
+
+
+def test_inspect_of_what_cannot_be_served(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "junk.gguf").write_bytes(b"junk")
+    assert inspect_json(tmp_path / "junk.gguf", capsys, status=1)["problem"]
+    assert inspect_json(tmp_path, capsys, status=1)["checkpoint"] is None
+    assert main(["inspect", str(tmp_path / "absent")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_explain_says_what_would_answer_and_why(router: FakeRouter, capsys: Capture) -> None:
+    router.models = [v1.Model(name="tiny", route=ROUTE)]
+    assert main(["explain", "tiny", "--target", router.address]) == 0
+    assert "local (llama_cpp)\nwhy:     no MTP head" in capsys.readouterr().out
+    assert main(["explain", "tiny", "--target", router.address, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["route"]["reason"] == "no MTP head"
+
+
+def test_explain_of_a_broken_model_fails(router: FakeRouter, capsys: Capture) -> None:
+    router.models = [v1.Model(name="tiny", problem="tiny.gguf does not exist")]
+    assert main(["explain", "tiny", "--target", router.address]) == 1
+    assert "does not exist" in capsys.readouterr().out
