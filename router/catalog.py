@@ -34,9 +34,9 @@ class ModelEntry:
 
     @property
     def context_length(self) -> int:
-        """Tokens of context to serve it with: the setting, else the model's own up to DEFAULT_CONTEXT."""
-        own = self.facts.context_length or DEFAULT_CONTEXT
-        return self.settings.context_length or min(own, DEFAULT_CONTEXT)
+        """Tokens of context to serve it with: the setting, else DEFAULT_CONTEXT; at most what it was trained for."""
+        wanted = self.settings.context_length or DEFAULT_CONTEXT
+        return min(wanted, self.facts.context_length or wanted)
 
 
 class Catalog:

@@ -59,8 +59,8 @@ class Backend(Protocol):
         engine, at whatever stage it is, before control returns or within one decode step after.
 
         Raises:
-            RouterError: PROMPT_TOO_LONG, QUEUE_FULL, MODEL_LOAD_FAILED, BACKEND_UNAVAILABLE before `Started`;
-                BACKEND_FAILED or BACKEND_STALLED after it.
+            RouterError: INVALID_REQUEST, PROMPT_TOO_LONG, QUEUE_FULL, MODEL_LOAD_FAILED, BACKEND_UNAVAILABLE or
+                DRAINING before `Started`; BACKEND_FAILED after it; BACKEND_STALLED at any time.
         """
         ...
 

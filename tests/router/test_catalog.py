@@ -60,12 +60,14 @@ def test_context_is_the_setting_or_the_models_own_up_to_a_bound(files: Path) -> 
         for name, model in {
             "own": ModelSettings(path=files / "small.gguf"),
             "set": ModelSettings(path=files / "small.gguf", context_length=64),
+            "too much": ModelSettings(path=files / "small.gguf", context_length=10**6),
         }.items()
     }
     own = entries["own"].facts.context_length
     assert own is not None
     assert entries["own"].context_length == min(own, 8192)
     assert entries["set"].context_length == 64
+    assert entries["too much"].context_length == own
 
 
 @pytest.mark.parametrize(("name", "file"), [("head", "model-"), ("side", "mtp.safetensors")])
