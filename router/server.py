@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -189,7 +188,6 @@ def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
 def serve(settings: Settings, *, announce_json: bool = False) -> int:
     """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC core would add its own words to a port in use
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
         asyncio.run(run(settings, announce_json=announce_json))

@@ -162,7 +162,9 @@ class ModelSettings(_Table):
     )
     aliases: tuple[ModelName, ...] = ()
     backend: BackendName | None = Field(None, description="backend to use; unset: chosen by what the files can do")
-    context_length: int | None = Field(None, ge=16, description="tokens of context, at most the model's own; unset: up to 8192")
+    context_length: int | None = Field(
+        None, ge=16, description="tokens of context, at most the model's own; unset: up to 8192"
+    )
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
     draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
     sampling: SamplingSettings = SamplingSettings()

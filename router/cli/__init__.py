@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+# gRPC core reads this once, when it is imported, and would else put lines of its own between ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from router.cli.arguments import build_parser
 from router.cli.failures import FAILED, INTERRUPTED, USAGE, UsageError, as_json, describe, one_line
 from router.client import RouterCallError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from pydantic import ValidationError
 
@@ -52,6 +51,5 @@ def find_target(arguments: argparse.Namespace) -> str:
 def connect(arguments: argparse.Namespace) -> Client:
     """A client of that server; `arguments.target` says where from here on, for messages."""
     arguments.target = find_target(arguments)
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC logs to the terminal when a server goes away
     # A person waits: half a second of retries, then say that there is no server.
     return Client(arguments.target, deadline=arguments.deadline or DEFAULT_DEADLINE, retry=RetryPolicy(attempts=3))
