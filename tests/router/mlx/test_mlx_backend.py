@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +155,38 @@ async def test_a_cancelled_stream_frees_its_place(client: AsyncClient) -> None:
     async with asyncio.timeout(10):
         while (await client.list_backends())[0].active_requests:
             await asyncio.sleep(0.02)
+    await text_of(client, "words")
+
+
+async def test_a_thousand_cancels_leave_nothing(client: AsyncClient) -> None:
+    """Cancelled at once, after the first token, or while waiting: tasks, threads, files and queues come back."""
+    await text_of(client, "words")
+
+    async def cancelled(number: int) -> None:
+        answer = client.stream("words", prompt="x", max_output_tokens=3000, ignore_end_of_generation=True)
+        with contextlib.suppress(RouterCallError):  # the line is short, and some are turned away
+            if number % 3:
+                async for _ in answer:
+                    break
+        answer.close()
+
+    async def settled() -> tuple[int, int, int]:
+        async with asyncio.timeout(20):
+            while True:
+                backend = (await client.list_backends())[0]
+                if not backend.active_requests and not backend.queued_requests:
+                    break
+                await asyncio.sleep(0.02)
+        gc.collect()
+        return len(asyncio.all_tasks()), threading.active_count(), len(os.listdir("/dev/fd"))
+
+    for number in range(20):
+        await cancelled(number)
+    before = await settled()
+    for start in range(0, 1000, 4):
+        await asyncio.gather(*(cancelled(number) for number in range(start, start + 4)))
+    after = await settled()
+    assert all(left <= had + 2 for left, had in zip(after, before, strict=True)), (before, after)
     await text_of(client, "words")
 
 
