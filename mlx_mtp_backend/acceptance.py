@@ -40,25 +40,26 @@ def draft_stream(rule: Rule) -> Stream:
     return Stream.TARGET if rule is Rule.COUPLING else Stream.DRAFT
 
 
-def couple(p: Law, drafts: mx.array, seed: int, positions: mx.array) -> Outcome:
+def couple(p: Law, drafts: mx.array, keys: mx.array, positions: mx.array) -> Outcome:
     """Coupling.
 
     Args:
         p: the target's law of R rows.
-        drafts: int32 [R].
+        drafts: int32 [R]; -1 where there is none.
+        keys: uint32 [R, 2], each row's seed.
         positions: integers [R], absolute position of each row's token.
     """
-    token = choose(p, seed, positions, Stream.TARGET)
+    token = choose(p, keys, positions, Stream.TARGET)
     return Outcome(token == drafts, token)
 
 
-def reject(p: Law, q: Law, drafts: mx.array, vocab_size: int, seed: int, positions: mx.array) -> Outcome:
+def reject(p: Law, q: Law, drafts: mx.array, vocab_size: int, keys: mx.array, positions: mx.array) -> Outcome:
     """Rejection sampling; `q` is the law that `drafts` were really drawn from. Arguments as in `couple`."""
     target, proposal = p.dense(vocab_size), q.dense(vocab_size)
-    accept = noise.uniform(noise.bits(seed, positions, mx.zeros_like(drafts)[:, None], Stream.ACCEPT))[:, 0]
+    accept = noise.uniform(noise.bits(keys, positions, mx.zeros_like(drafts)[:, None], Stream.ACCEPT))[:, 0]
     p_draft, q_draft = (mx.take_along_axis(law, drafts[:, None], axis=-1)[:, 0] for law in (target, proposal))
     stands = accept * mx.exp(q_draft) < mx.exp(p_draft)
-    return Outcome(stands, choose(residual(target, proposal), seed, positions, Stream.RESIDUAL))
+    return Outcome(stands, choose(residual(target, proposal), keys, positions, Stream.RESIDUAL))
 
 
 def residual(target: mx.array, proposal: mx.array) -> Law:
@@ -69,22 +70,32 @@ def residual(target: mx.array, proposal: mx.array) -> Law:
 
 
 def judge(
-    rule: Rule, p: Law, q: Law | None, drafts: mx.array, vocab_size: int, seed: int, positions: mx.array
+    rule: Rule,
+    p: Law,
+    q: Law | None,
+    drafts: mx.array,
+    drafted: list[int],
+    keys: mx.array,
+    positions: mx.array,
+    vocab_size: int,
 ) -> Outcome:
-    """One sequence's verify rows: D drafts, then the bonus row that no draft speaks for.
+    """The verify rows of any number of sequences that share a rule.
 
     Args:
-        p: the target's law of D + 1 rows.
-        q: the law of each draft, D rows; None where there are none. Coupling does not look at it.
-        drafts: int32 [D].
-        positions: integers [D + 1].
+        p: the target's law, R rows: each sequence's drafts, then its bonus row that no draft speaks for.
+        q: the law of each draft, a row for each of `drafted`. Coupling does not look at it.
+        drafts: int32 [R], -1 in bonus rows.
+        drafted: the rows that have a draft, ascending.
     """
-    depth = drafts.shape[0]
     if rule is Rule.COUPLING or q is None:
-        return couple(p, mx.concatenate([drafts, mx.array([-1], drafts.dtype)]), seed, positions)
-    judged = reject(p.rows(0, depth), q, drafts, vocab_size, seed, positions[:depth])
-    bonus = choose(p.rows(depth, depth + 1), seed, positions[depth:], Stream.TARGET)
-    return Outcome(mx.concatenate([judged.stands, mx.array([False])]), mx.concatenate([judged.token, bonus]))
+        return couple(p, drafts, keys, positions)
+    bonus = sorted(set(range(drafts.shape[0])) - set(drafted))
+    mine, rest = mx.array(drafted), mx.array(bonus)
+    judged = reject(p.take(mine), q, drafts[mine], vocab_size, keys[mine], positions[mine])
+    token = choose(p.take(rest), keys[rest], positions[rest], Stream.TARGET)
+    back = mx.argsort(mx.concatenate([mine, rest]))
+    stands = mx.concatenate([judged.stands, mx.zeros((len(bonus),), mx.bool_)])
+    return Outcome(stands[back], mx.concatenate([judged.token, token])[back])
 
 
 def committed(drafts: Sequence[int], stands: Sequence[bool], tokens: Sequence[int]) -> list[int]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp_backend import sampling
+from mlx_mtp_backend import noise, sampling
 from mlx_mtp_backend.acceptance import draft_stream
+from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.noise import Stream
 from mlx_mtp_backend.sampling import Law
 from mlx_mtp_backend.sequence import Sequence
 
+Kind = TypeVar("Kind", bound=Hashable)
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One sequence's drafts of a round: tokens int32 [D] and the law that each was really drawn from, D rows."""
+    """One sequence's drafts of a round.
+
+    Attributes:
+        tokens: int32 [D].
+        law: the law that each was really drawn from, D rows; None under coupling, which does not ask.
+    """
 
     tokens: mx.array
-    law: Law
+    law: Law | None
 
 
 class Drafter(Protocol):
@@ -39,60 +48,68 @@ class HeadDrafter:
         self._model = model
 
     def draft(self, sequences: list[Sequence]) -> list[Draft | None]:
-        drafting = [sequence for sequence in sequences if sequence.round_depth > 0]
-        steps: dict[int, list[tuple[mx.array, Law]]] = {id(sequence): [] for sequence in drafting}
-        carried, tokens = self._catch_up(drafting, steps)
-        depth = 1
-        while drafting := [sequence for sequence in drafting if sequence.round_depth > depth]:
-            rows = [tokens[id(sequence)] for sequence in drafting]
-            hidden = mx.concatenate([carried[id(sequence)] for sequence in drafting])
-            carried, tokens = self._step(drafting, mx.concatenate(rows), hidden, [1] * len(rows), steps)
-            depth += 1
-        return [_joined(steps[id(sequence)]) if id(sequence) in steps else None for sequence in sequences]
+        runs = [_Run(sequence) for sequence in sequences if sequence.round_depth > 0]
+        if runs:
+            self._catch_up(runs)
+        left = runs
+        while left := [run for run in left if len(run.tokens) < run.sequence.round_depth]:
+            tokens = mx.concatenate([run.tokens[-1] for run in left])
+            self._step(left, tokens, mx.concatenate([run.carried for run in left]), [1] * len(left))
+        drafts = {id(run.sequence): run.joined() for run in runs}
+        return [drafts.get(id(sequence)) for sequence in sequences]
 
-    def _catch_up(
-        self, drafting: list[Sequence], steps: dict[int, list[tuple[mx.array, Law]]]
-    ) -> tuple[dict[int, mx.array], dict[int, mx.array]]:
+    def _catch_up(self, runs: list[_Run]) -> None:
         """Run the committed slots with true trunk hiddens; the last slot's output is the first draft, for free."""
-        if not drafting:
-            return {}, {}
-        pending = [sequence.pending for sequence in drafting]
-        hidden = [rows for rows in pending if rows is not None]
-        assert len(hidden) == len(drafting), "a sequence that drafts keeps its hiddens"
-        counts = [rows.shape[0] for rows in hidden]
-        tokens = [token for s, count in zip(drafting, counts, strict=True) for token in s.tokens[-count:]]
-        return self._step(drafting, mx.array(tokens, mx.int32), mx.concatenate(hidden), counts, steps)
+        counts = [run.carried.shape[0] for run in runs]
+        tokens = [token for run, count in zip(runs, counts, strict=True) for token in run.sequence.tokens[-count:]]
+        self._step(runs, mx.array(tokens, mx.int32), mx.concatenate([run.carried for run in runs]), counts)
 
-    def _step(
-        self,
-        drafting: list[Sequence],
-        tokens: mx.array,
-        carried: mx.array,
-        counts: list[int],
-        steps: dict[int, list[tuple[mx.array, Law]]],
-    ) -> tuple[dict[int, mx.array], dict[int, mx.array]]:
+    def _step(self, runs: list[_Run], tokens: mx.array, carried: mx.array, counts: list[int]) -> None:
         """One pass of the head; its last row of each sequence gives that sequence's next draft."""
-        segments = [Segment(s.head, count) for s, count in zip(drafting, counts, strict=True)]
+        segments = [Segment(run.sequence.head, count) for run, count in zip(runs, counts, strict=True)]
         hidden = self._model.head(tokens, carried, segments)
-        ends = mx.cumsum(mx.array(counts)) - 1
-        logits = self._model.logits(hidden.normed[ends])
-        carried_on, drafted = {}, {}
-        for row, sequence in enumerate(drafting):
-            position = len(sequence.tokens) + len(steps[id(sequence)])
-            law = sampling.transform(logits[row : row + 1], sequence.sampling, exact=False)
-            stream = draft_stream(sequence.rule)
-            token = sampling.choose(law, sequence.seed, mx.array([position]), stream)
-            steps[id(sequence)].append((token, law))
-            end = ends[row : row + 1]
-            carried_on[id(sequence)], drafted[id(sequence)] = hidden.carried[end], token
-        return carried_on, drafted
+        ends = [end - 1 for end in itertools.accumulate(counts)]
+        logits = self._model.logits(hidden.normed[mx.array(ends)])
+        for run, end in zip(runs, ends, strict=True):
+            run.carried = hidden.carried[end : end + 1]
+        for (parameters, rule), rows in grouped([(run.sequence.sampling, run.sequence.rule) for run in runs]).items():
+            own = logits if len(rows) == len(runs) else logits[mx.array(rows)]
+            _choose([runs[row] for row in rows], own, parameters, rule)
 
 
-def _joined(steps: list[tuple[mx.array, Law]]) -> Draft:
-    tokens = mx.concatenate([token for token, _ in steps])
-    ids = [law.ids for _, law in steps]
-    logp = mx.concatenate([law.logp for _, law in steps])
-    return Draft(tokens, Law(logp, None if ids[0] is None else mx.concatenate([i for i in ids if i is not None])))
+def grouped(kinds: list[Kind]) -> dict[Kind, list[int]]:
+    """Which places hold each kind, so that alike rows can be worked on together."""
+    places: dict[Kind, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(place)
+    return places
+
+
+class _Run:
+    """One sequence's drafts in the making; `carried` is what the head takes next, [rows, hidden size]."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        if sequence.pending is None:
+            raise ValueError("a sequence that drafts keeps its hiddens")
+        self.sequence = sequence
+        self.carried = sequence.pending
+        self.tokens: list[mx.array] = []
+        self.laws: list[Law] = []
+
+    def joined(self) -> Draft:
+        return Draft(mx.concatenate(self.tokens), sampling.joined(self.laws) if self.laws else None)
+
+
+def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> None:
+    """The next draft of sequences that sample alike. logits: [len(runs), vocab size]."""
+    law = sampling.transform(logits, parameters, exact=False)
+    keys = noise.keys(run.sequence.seed for run in runs)
+    positions = mx.array([len(run.sequence.tokens) + len(run.tokens) for run in runs])
+    tokens = sampling.choose(law, keys, positions, draft_stream(rule))
+    for row, run in enumerate(runs):
+        run.tokens.append(tokens[row : row + 1])
+        if rule is Rule.REJECTION:
+            run.laws.append(law.take(mx.array([row])))
 
 
 # (sequence, its absolute position) -> the token plain decoding would put there.
@@ -138,4 +155,5 @@ class ScriptedDrafter:
         law = Law(mx.log(mx.put_along_axis(p, kept, rate, axis=-1)))
         positions = mx.arange(start, start + depth)
         # Its own noise even under coupling: drafting with the target's would make a wrong draft right by luck.
-        return Draft(sampling.choose(law, sequence.seed, positions, Stream.DRAFT), law)
+        keys = noise.keys([sequence.seed] * depth)
+        return Draft(sampling.choose(law, keys, positions, Stream.DRAFT), law)

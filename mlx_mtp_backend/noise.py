@@ -11,7 +11,7 @@ token % 4 of that block, so a dense row costs one block per four tokens.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 
@@ -34,14 +34,14 @@ def philox4x32(counter: tuple[mx.array, mx.array, mx.array, mx.array], key: mx.a
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: four uint32 arrays that broadcast to one shape S.
-        key: uint32 [2].
+        counter: four uint32 arrays of one shape S.
+        key: uint32 S + [2], or what broadcasts to it.
 
     Returns:
         uint32 S + [4].
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key[0], key[1]
+    k0, k1 = key[..., 0], key[..., 1]
     for _ in range(_ROUNDS):
         low = c0.astype(mx.uint64) * _MULTIPLIERS[0]
         high = c2.astype(mx.uint64) * _MULTIPLIERS[1]
@@ -55,32 +55,36 @@ def philox4x32(counter: tuple[mx.array, mx.array, mx.array, mx.array], key: mx.a
 _philox: Callable[..., mx.array] = mx.compile(philox4x32)
 
 
-def _block(seed: int, positions: mx.array, blocks: mx.array, stream: Stream) -> mx.array:
-    key = mx.array([seed & 0xFFFFFFFF, seed >> 32], dtype=mx.uint32)
+def keys(seeds: Iterable[int]) -> mx.array:
+    """Seeds, 0 <= seed < 2**64, as Philox keys: uint32 [R, 2]."""
+    return mx.array([[seed & 0xFFFFFFFF, seed >> 32] for seed in seeds], dtype=mx.uint32)
+
+
+def _block(keys: mx.array, positions: mx.array, blocks: mx.array, stream: Stream) -> mx.array:
     shape = mx.broadcast_shapes(positions.shape, blocks.shape)
     word = mx.broadcast_to(blocks.astype(mx.uint32), shape)
     position = mx.broadcast_to(positions.astype(mx.uint32), shape)
-    return _philox((word, position, mx.full(shape, int(stream), mx.uint32), mx.zeros(shape, mx.uint32)), key)
+    return _philox((word, position, mx.full(shape, int(stream), mx.uint32), mx.zeros(shape, mx.uint32)), keys[:, None])
 
 
-def bits(seed: int, positions: mx.array, tokens: mx.array, stream: Stream) -> mx.array:
+def bits(keys: mx.array, positions: mx.array, tokens: mx.array, stream: Stream) -> mx.array:
     """The integer draws of chosen tokens.
 
     Args:
-        seed: 0 <= seed < 2**64.
+        keys: uint32 [R, 2], see `keys`.
         positions: integers [R].
         tokens: integers [R, M].
 
     Returns:
         uint32 [R, M].
     """
-    block = _block(seed, positions[:, None], tokens >> 2, stream)
+    block = _block(keys, positions[:, None], tokens >> 2, stream)
     return mx.take_along_axis(block, (tokens & 3)[..., None], axis=-1)[..., 0]
 
 
-def row_bits(seed: int, positions: mx.array, vocab_size: int, stream: Stream) -> mx.array:
+def row_bits(keys: mx.array, positions: mx.array, vocab_size: int, stream: Stream) -> mx.array:
     """The integer draws of every token: uint32 [R, vocab_size], equal to `bits` of arange(vocab_size)."""
-    block = _block(seed, positions[:, None], mx.arange((vocab_size + 3) // 4)[None], stream)
+    block = _block(keys, positions[:, None], mx.arange((vocab_size + 3) // 4)[None], stream)
     return block.reshape(positions.shape[0], -1)[:, :vocab_size]
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, sampling
+from mlx_mtp_backend import acceptance, cache, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
-from mlx_mtp_backend.drafters import Draft, Drafter
+from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import flags, ints
 from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
 
 
@@ -67,7 +69,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
     if logits is None or law is None:
         evaluate([*settled, hidden.carried])
         return None
-    token = sampling.choose(law, sequence.seed, mx.array([end]), Stream.TARGET)
+    token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Stream.TARGET)
     finite = mx.all(mx.isfinite(logits), axis=-1)
     evaluate([*settled, token, finite])
     return _settle(sequence, ints(token), flags(finite))
@@ -98,7 +100,7 @@ class _Built:
     drafts: list[Draft | None]
     segments: list[Segment]
     hidden: Hidden
-    outcomes: list[Outcome]
+    outcome: Outcome
     finite: mx.array
 
 
@@ -118,9 +120,8 @@ def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list
             sequence.abort()
         raise
     drafted = [draft.tokens for draft in built.drafts if draft is not None]
-    verdicts = [array for outcome in built.outcomes for array in (outcome.stands, outcome.token)]
-    evaluate([*drafted, *verdicts, built.finite, built.hidden.carried])
-    return [_commit(sequence, built, row) for row, sequence in enumerate(sequences)]
+    evaluate([*drafted, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried])
+    return [_commit(sequence, built, place) for place, sequence in enumerate(sequences)]
 
 
 def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
@@ -136,30 +137,59 @@ def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
     ]
     hidden = model.trunk(mx.concatenate(rows), segments)
     logits = model.logits(hidden.normed)
-    outcomes = [
-        _judge(sequence, draft, logits[part], model.vocab_size)
-        for sequence, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
+    outcome = _judge(sequences, drafts, split_rows(segments), logits)
+    return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1))
+
+
+def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array) -> Outcome:
+    """Every row of the pass; sequences that sample alike are judged together."""
+    kinds = [
+        (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
+        for sequence, draft in zip(sequences, drafts, strict=True)
     ]
-    return _Built(drafts, segments, hidden, outcomes, mx.all(mx.isfinite(logits), axis=-1))
+    groups = grouped(kinds)
+    outcomes, order = [], []
+    for (parameters, rule), places in groups.items():
+        rows = [row for place in places for row in range(slices[place].start, slices[place].stop)]
+        own = logits if len(groups) == 1 else logits[mx.array(rows)]
+        outcomes.append(_judge_alike([(sequences[place], drafts[place]) for place in places], own, parameters, rule))
+        order += rows
+    if len(outcomes) == 1:
+        return outcomes[0]
+    back = mx.argsort(mx.array(order))
+    stands, token = (mx.concatenate([getattr(o, name) for o in outcomes])[back] for name in ("stands", "token"))
+    return Outcome(stands, token)
 
 
-def _judge(sequence: Sequence, draft: Draft | None, logits: mx.array, vocab_size: int) -> Outcome:
-    length = len(sequence.tokens)
-    positions = mx.arange(length, length + logits.shape[0])
-    p = sampling.transform(logits, sequence.sampling)
-    tokens = mx.array([], mx.int32) if draft is None else draft.tokens
-    q = None if draft is None else draft.law
-    return acceptance.judge(sequence.rule, p, q, tokens, vocab_size, sequence.seed, positions)
+def _judge_alike(
+    members: list[tuple[Sequence, Draft | None]], logits: mx.array, parameters: Sampling, rule: Rule
+) -> Outcome:
+    seeds: list[int] = []
+    positions: list[int] = []
+    drafted: list[int] = []
+    tokens: list[mx.array] = []
+    laws: list[Law] = []
+    for sequence, draft in members:
+        depth = 0 if draft is None else draft.tokens.shape[0]
+        drafted += range(len(seeds), len(seeds) + depth)
+        seeds += [sequence.seed] * (depth + 1)
+        positions += range(len(sequence.tokens), len(sequence.tokens) + depth + 1)
+        tokens += [mx.array([-1], mx.int32)] if draft is None else [draft.tokens, mx.array([-1], mx.int32)]
+        laws += [draft.law] if draft is not None and draft.law is not None else []
+    p = sampling.transform(logits, parameters)
+    q = joined(laws) if laws else None
+    return acceptance.judge(
+        rule, p, q, mx.concatenate(tokens), drafted, noise.keys(seeds), mx.array(positions), logits.shape[-1]
+    )
 
 
-def _commit(sequence: Sequence, built: _Built, row: int) -> Committed:
+def _commit(sequence: Sequence, built: _Built, place: int) -> Committed:
     """Accept left to right and keep exactly the rows that stand. Committed slots wait for the head with their true
     hiddens; rows it ran on its own output are dropped."""
-    draft, part = built.drafts[row], split_rows(built.segments)[row]
-    outcome = built.outcomes[row]
+    draft, part = built.drafts[place], split_rows(built.segments)[place]
     drafts = [] if draft is None else ints(draft.tokens)
-    stands = flags(outcome.stands)
-    tokens = acceptance.committed(drafts, stands, ints(outcome.token))
+    stands, chosen = flags(built.outcome.stands[part]), ints(built.outcome.token[part])
+    tokens = acceptance.committed(drafts, stands, chosen)
     cache.commit(sequence.trunk, len(tokens))
     if draft is not None and sequence.pending is not None:
         cache.commit(sequence.head, sequence.pending.shape[0])

@@ -7,6 +7,7 @@ temperature last. Ties fall to the lowest token id. A row's result depends on th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -31,8 +32,8 @@ class Law:
     logp: mx.array
     ids: mx.array | None = None
 
-    def rows(self, start: int, stop: int) -> Law:
-        return Law(self.logp[start:stop], None if self.ids is None else self.ids[start:stop])
+    def take(self, rows: mx.array) -> Law:
+        return Law(self.logp[rows], None if self.ids is None else self.ids[rows])
 
     def dense(self, vocab_size: int) -> mx.array:
         """The same log-probabilities with column i for token i: float32 [R, vocab_size]."""
@@ -40,6 +41,12 @@ class Law:
             return self.logp
         nothing = mx.full((self.logp.shape[0], vocab_size), -math.inf)
         return mx.put_along_axis(nothing, self.ids, self.logp, axis=-1)
+
+
+def joined(laws: Sequence[Law]) -> Law:
+    """The rows of several laws of one form, one after another."""
+    ids = [law.ids for law in laws if law.ids is not None]
+    return Law(mx.concatenate([law.logp for law in laws]), mx.concatenate(ids) if ids else None)
 
 
 def transform(logits: mx.array, sampling: Sampling, *, exact: bool = True) -> Law:
@@ -65,10 +72,11 @@ def transform(logits: mx.array, sampling: Sampling, *, exact: bool = True) -> La
     return law if all(rows) else _widen(logits, sampling, rows)
 
 
-def choose(law: Law, seed: int, positions: mx.array, stream: noise.Stream) -> mx.array:
+def choose(law: Law, keys: mx.array, positions: mx.array, stream: noise.Stream) -> mx.array:
     """Draw one token per row by an exponential race: the smallest E / p wins, with law p.
 
     Args:
+        keys: uint32 [R, 2], each row's seed; see noise.keys.
         positions: integers [R], the absolute position each row's token will have.
 
     Returns:
@@ -77,9 +85,9 @@ def choose(law: Law, seed: int, positions: mx.array, stream: noise.Stream) -> mx
     if law.ids is not None and law.ids.shape[-1] == 1:
         return law.ids[:, 0]
     if law.ids is None:
-        draws = noise.row_bits(seed, positions, law.logp.shape[-1], stream)
+        draws = noise.row_bits(keys, positions, law.logp.shape[-1], stream)
     else:
-        draws = noise.bits(seed, positions, law.ids, stream)
+        draws = noise.bits(keys, positions, law.ids, stream)
     winner = mx.argmin(noise.log_exponential(draws) - law.logp, axis=-1, keepdims=True)
     return (winner if law.ids is None else mx.take_along_axis(law.ids, winner, axis=-1))[:, 0].astype(mx.int32)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, sampling
+from mlx_mtp_backend import acceptance, cache, noise, sampling
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.host import ints, number
@@ -134,9 +134,10 @@ def _kept(rule: Rule, target: mx.array, draft: mx.array) -> float:
     count = min(target.shape[0], draft.shape[0])
     positions = mx.arange(count)
     p, q = sampling.transform(target[:count], _TYPICAL), sampling.transform(draft[:count], _TYPICAL)
-    drafts = sampling.choose(q, 0, positions, acceptance.draft_stream(rule))
+    keys = noise.keys([0] * count)
+    drafts = sampling.choose(q, keys, positions, acceptance.draft_stream(rule))
     if rule is Rule.COUPLING:
-        outcome = acceptance.couple(p, drafts, 0, positions)
+        outcome = acceptance.couple(p, drafts, keys, positions)
     else:
-        outcome = acceptance.reject(p, q, drafts, target.shape[-1], 0, positions)
+        outcome = acceptance.reject(p, q, drafts, target.shape[-1], keys, positions)
     return number(mx.mean(outcome.stands.astype(mx.float32)))

@@ -48,6 +48,9 @@ class Worker:
         """Serve until told to close; every stream gets its last event, whatever happens."""
         if self._options.device is not None:
             mx.set_default_device(mx.Device(mx.gpu if self._options.device == "gpu" else mx.cpu))
+        if mx.default_device().type == mx.cpu:
+            # On a CPU MLX compiles through g++ at run time: seconds of stall each time, for a few percent.
+            mx.disable_compile()
         try:
             while not self._closing:
                 for command in self._inbox.take(self._patience()):

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
+
+# As the engine does on a CPU.
+mx.disable_compile()
 
 PROMISES: list[tuple[str, str, int, str]] = []
 MUTATIONS: list[tuple[str, str]] = []

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp_backend import acceptance, sampling
+from mlx_mtp_backend import acceptance, noise, sampling
 from mlx_mtp_backend.acceptance import draft_stream
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.sampling import Law
@@ -67,13 +67,13 @@ def repeat(law: Law, rows: int) -> Law:
 
 def emitted(rule: Rule, p: Law, q: Law, vocab_size: int, trials: int, seed: int) -> tuple[np.ndarray, float]:
     """Draft, judge and emit `trials` times at as many positions: counts per token, and the share of drafts kept."""
-    positions = mx.arange(trials) + 5
+    keys, positions = noise.keys([seed] * trials), mx.arange(trials) + 5
     p, q = repeat(p, trials), repeat(q, trials)
-    drafts = sampling.choose(q, seed, positions, draft_stream(rule))
+    drafts = sampling.choose(q, keys, positions, draft_stream(rule))
     if rule is Rule.COUPLING:
-        outcome = acceptance.couple(p, drafts, seed, positions)
+        outcome = acceptance.couple(p, drafts, keys, positions)
     else:
-        outcome = acceptance.reject(p, q, drafts, vocab_size, seed, positions)
+        outcome = acceptance.reject(p, q, drafts, vocab_size, keys, positions)
     tokens = mx.where(outcome.stands, drafts, outcome.token)
     return np.bincount(np.array(tokens), minlength=vocab_size), float(mx.mean(outcome.stands).item())
 

@@ -117,8 +117,8 @@ BUGS = [
     (
         "no residual: a rejected row draws from p",
         acceptance,
-        "choose(residual(target, proposal), seed",
-        "choose(Law(target), seed",
+        "choose(residual(target, proposal), keys",
+        "choose(Law(target), keys",
         Rule.REJECTION,
     ),
     (

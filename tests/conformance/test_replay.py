@@ -113,16 +113,21 @@ BUGS = [
     (
         "noise reused across positions",
         rounds,
-        "positions = mx.arange(length, length + logits.shape[0])",
-        "positions = mx.full((logits.shape[0],), length)",
+        "positions += range(len(sequence.tokens), len(sequence.tokens) + depth + 1)",
+        "positions += [len(sequence.tokens)] * (depth + 1)",
     ),
     (
         "row 0's history used for all rows",
         rounds,
-        "p = sampling.transform(logits, sequence.sampling)",
-        "p = sampling.transform(mx.repeat(logits[:1], logits.shape[0], axis=0), sequence.sampling)",
+        "p = sampling.transform(logits, parameters)",
+        "p = sampling.transform(logits[mx.array([r // 5 * 5 for r in range(logits.shape[0])])], parameters)",
     ),
-    ("positions counted from the round", rounds, "length = len(sequence.tokens)", "length = sequence.rounds"),
+    (
+        "one sequence's seed used for all",
+        rounds,
+        "seeds += [sequence.seed] * (depth + 1)",
+        "seeds += [members[0][0].seed] * (depth + 1)",
+    ),
     ("KV cache not rolled back", kv, "self.offset = self._mark + keep", "pass"),
     (
         "GDN state not rolled back",

@@ -37,9 +37,9 @@ def test_philox_gives_the_published_answers(counter, key, answer):
     stream=st.sampled_from(Stream),
 )
 def test_a_draw_depends_on_its_own_key_only(seed, position, tokens, stream):
-    alone = noise.bits(seed, mx.array([position]), mx.array([tokens]), stream)
-    row = noise.row_bits(seed, mx.array([position]), 301, stream)
-    beside = noise.row_bits(seed, mx.array([position + 1, position, 3]), 301, stream)
+    alone = noise.bits(noise.keys([seed]), mx.array([position]), mx.array([tokens]), stream)
+    row = noise.row_bits(noise.keys([seed]), mx.array([position]), 301, stream)
+    beside = noise.row_bits(noise.keys([1, seed, 2]), mx.array([position + 1, position, 3]), 301, stream)
     assert alone[0].tolist() == [row[0, token].item() for token in tokens]
     assert mx.array_equal(row[0], beside[1])
 
@@ -47,7 +47,8 @@ def test_a_draw_depends_on_its_own_key_only(seed, position, tokens, stream):
 def test_keys_give_unrelated_draws():
     """Correlation of the uniforms of any two keys stays within five standard errors."""
     keys = [(s, p, stream) for s in (1, 2, 1 << 32, 1 << 63) for p in (0, 1, 2) for stream in Stream]
-    rows = np.array([np.array(noise.uniform(noise.row_bits(s, mx.array([p]), 4096, x))[0]) for s, p, x in keys])
+    draws = [noise.row_bits(noise.keys([s]), mx.array([p]), 4096, stream) for s, p, stream in keys]
+    rows = np.array([np.array(noise.uniform(row))[0] for row in draws])
     correlation = np.corrcoef(rows) - np.eye(len(keys))
     assert np.abs(correlation).max() < 5 / math.sqrt(4096)
     assert np.abs(rows.mean(axis=1) - 0.5).max() < 5 * math.sqrt(1 / 12 / 4096)
@@ -61,7 +62,8 @@ def test_the_exponential_is_fine_at_the_end_that_wins_and_finite_at_the_other():
 
 def test_the_exponential_has_its_law():
     """Kolmogorov-Smirnov distance of 40,000 draws from Exp(1), at a level of about 1e-6."""
-    draws = np.sort(np.exp(np.array(noise.log_exponential(noise.row_bits(9, mx.array([0]), 40_000, Stream.TARGET)))[0]))
+    bits = noise.row_bits(noise.keys([9]), mx.array([0]), 40_000, Stream.TARGET)
+    draws = np.sort(np.exp(np.array(noise.log_exponential(bits))[0]))
     law = 1 - np.exp(-draws)
     steps = np.arange(1, draws.size + 1) / draws.size
     assert np.abs(law - steps).max() < 2.7 / math.sqrt(draws.size)
