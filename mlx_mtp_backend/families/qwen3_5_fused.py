@@ -28,7 +28,7 @@ from mtp_kernels.registry import Registry
 from mlx_mtp_backend.api import Norm
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
-from mlx_mtp_backend.families.qwen3_5 import Qwen35, replay_delta
+from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
 from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache
 
 MAX_SEGMENT_ROWS = 8
@@ -145,6 +145,19 @@ class FusedDelta:
             after.append([recurrent, window, fresh])
         return self.mlp(self.leave(_joined(outputs), residual=x)), after
 
+    def many_rows(
+        self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
+    ) -> mx.array:
+        """The layer without its MLP over normed rows [1, N, hidden], its recurrence in one launch a sequence."""
+        net: GatedDeltaNet = stock.linear_attn
+        parts = [net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)]
+        projected = mx.concatenate(parts, axis=-1)[0]
+        outputs = []
+        for cache, part in zip(caches, split_rows(segments), strict=True):
+            assert isinstance(cache, FusedDeltaCache)
+            outputs.append(cache.run_many(projected[part]))
+        return net.out_proj(_joined(outputs)[None])
+
 
 class FusedAttention:
     """A gated full-attention layer in five launches, and its MLP."""
@@ -226,10 +239,10 @@ class FusedQwen35(Qwen35):
 
     def trunk_caches(self) -> list[LayerCache]:
         return [
-            FusedDeltaCache(layer.weights, layer.run, partial(replay_delta, stock.linear_attn), self._dtype)
+            FusedDeltaCache(layer.weights, layer.run, self._dtype)
             if isinstance(layer, FusedDelta)
             else FusedKVCache(layer.shape.kv_heads, self._dtype)
-            for layer, stock in zip(self._layers, self.text.model.layers, strict=True)
+            for layer in self._layers
         ]
 
     def head_caches(self) -> list[LayerCache]:
@@ -237,10 +250,22 @@ class FusedQwen35(Qwen35):
 
     def trunk(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
         if not _few(segments):
-            _settle(segments)
-            return super().trunk(tokens, segments)
+            return self._many_rows(tokens, segments)
         before, normed = self._pass("trunk", self._trunk_rows, segments, tokens)
         return Hidden(normed, normed if self.seed_norm is Norm.POST else before)
+
+    def _many_rows(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
+        """Prefill: stock operations, but for the recurrence, which off Metal they run row by row."""
+        _settle(segments)
+        x = self.text.model.embed_tokens(tokens)[None]
+        for index, (layer, stock) in enumerate(zip(self._layers, self.text.model.layers, strict=True)):
+            if isinstance(layer, FusedDelta):
+                x = x + layer.many_rows(stock, stock.input_layernorm(x), [s.caches[index] for s in segments], segments)
+                x = x + stock.mlp(stock.post_attention_layernorm(x))
+            else:
+                x = decoder_rows(stock, x, segments, index)
+        normed = self.text.model.norm(x)[0]
+        return Hidden(normed, normed if self.seed_norm is Norm.POST else x[0])
 
     def head(self, tokens: mx.array, carried: mx.array, segments: Sequence[Segment]) -> Hidden:
         if not _few(segments):
@@ -297,12 +322,17 @@ def _through(
 
 def _states(segment: Segment) -> list[Arrays]:
     """What each layer's cache gives the pass; layers share the small arrays that say where they are."""
-    shared: dict[tuple[int, ...], mx.array] = {}
+    shared: dict[tuple[int, ...], mx.array] = {}  # ids are safe as keys: the caches hold the arrays
 
-    def on_device(*numbers: int) -> mx.array:
-        if numbers not in shared:
-            shared[numbers] = mx.array(numbers, dtype=mx.int32)
-        return shared[numbers]
+    def on_device(*numbers: int | mx.array) -> mx.array:
+        key = tuple(n if isinstance(n, int) else id(n) for n in numbers)
+        if key not in shared:
+            first, *rest = numbers
+            if isinstance(first, int):
+                shared[key] = mx.array(numbers, dtype=mx.int32)
+            else:  # a kept count as it is, or a position and the rows kept since
+                shared[key] = first + mx.array([0, 1], dtype=mx.int32) * rest[0] if rest else first
+        return shared[key]
 
     states = []
     for cache in segment.caches:
@@ -317,8 +347,8 @@ def _few(segments: Sequence[Segment]) -> bool:
 
 
 def _settle(segments: Sequence[Segment]) -> None:
-    """Puts the caches into the stock form."""
+    """Moves tails into the long buffers, which stock attention reads."""
     for segment in segments:
         for cache in segment.caches:
-            assert isinstance(cache, FusedDeltaCache | FusedKVCache)
-            cache.settle()
+            if isinstance(cache, FusedKVCache):
+                cache.settle()

@@ -1,120 +1,162 @@
-"""The stock caches, with a second form in which few-row kernels read and write them.
+"""Caches that the few-row kernels read and write; see cache.base.LayerCache.
 
-Each cache is in one form at a time. `settle` brings the stock form back, for passes of many rows and for snapshots.
+`commit` also takes a count that is still on the device ([1] int32), so that the next pass can be built before the host
+knows how many rows were accepted. Only moving the tail of a KV cache then has to wait for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mtp_kernels import attention_inputs as inputs_kernel
 from mtp_kernels import gated_delta as delta_kernel
 
-from mlx_mtp_backend.cache import DeltaCache, KVCache
-from mlx_mtp_backend.cache.delta import Replay
+from mlx_mtp_backend.cache import KVCache
 
 OnDevice = Callable[..., mx.array]
 Run = Callable[..., tuple[mx.array, mx.array, mx.array]]
 
+_DRAFT_ROWS = 16  # kept free in a tail for the later passes of one transaction
 
-class FusedDeltaCache(DeltaCache):
-    """A Gated DeltaNet state plus the last pass's rows, of which the first `kept` count.
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A Gated DeltaNet state, and the last pass's projection rows, of which the first `kept` count.
 
     Kept rows reach the recurrent state during the next pass, so committing is free however many are kept.
     """
 
-    def __init__(self, weights: delta_kernel.DeltaWeights, run: Run, replay: Replay, dtype: mx.Dtype) -> None:
-        super().__init__(3, replay)
-        self._weights, self._run, self._dtype = weights, run, dtype
-        self._pending: mx.array | None = None
-        self._kept = 0
-        self._fused_mark: tuple[mx.array | None, mx.array | None, mx.array | None, int] | None = None
+    state: delta_kernel.DeltaState
+    kept: int | mx.array
+
+    def keep(self) -> mx.array:
+        """The count on the device."""
+        return self.kept if isinstance(self.kept, mx.array) else mx.array([self.kept], dtype=mx.int32)
+
+
+class FusedDeltaCache:
+    """State of a Gated DeltaNet layer, rolled back by letting the next pass replay the kept rows only."""
+
+    def __init__(self, weights: delta_kernel.DeltaWeights, run: Run, dtype: mx.Dtype) -> None:
+        dim = delta_kernel.HEAD_DIM
+        self._weights, self._run = weights, run
+        self._no_rows = mx.zeros((1, weights.width), dtype)
+        recurrent = mx.zeros((weights.value_heads, dim, dim), mx.float32)
+        window = mx.zeros((3, weights.channels), dtype)
+        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
+        self._mark = self._pending
+        self._many: mx.array | None = None
 
     def begin(self) -> None:
-        super().begin()
-        self._fused_mark = (self.conv, self.state, self._pending, self._kept)
+        self._mark = self._pending
+        self._many = None
 
     def give(self, rows: int, on_device: OnDevice) -> list[mx.array]:
         """Recurrent state, window, pending rows, and how many of those count."""
-        weights = self._weights
-        if self.conv is None or self.state is None:
-            self.conv = mx.zeros((1, 3, weights.channels), self._dtype)
-            self.state = mx.zeros((1, weights.value_heads, delta_kernel.HEAD_DIM, delta_kernel.HEAD_DIM), mx.float32)
-        pending = self._pending
-        if pending is None:
-            pending = mx.zeros((1, weights.width), self._dtype)
-        if pending.shape[0] + rows > delta_kernel.MAX_ROWS:
-            pending = pending[: self._kept]
-        # Indexing with [0] would copy.
-        return [self.state.squeeze(0), self.conv.squeeze(0), pending, on_device(self._kept)]
+        state = self._pending.state
+        return [state.recurrent, state.window, state.pending, on_device(self._pending.kept)]
 
     def take(self, after: list[mx.array], rows: int) -> None:
         """Continue from a pass: its settled state and window, and its rows, all counted until `commit` says."""
-        recurrent, window, self._pending = after
-        self.state, self.conv = mx.expand_dims(recurrent, 0), mx.expand_dims(window, 0)
-        self._kept = rows
+        self._pending = Pending(delta_kernel.DeltaState(*after), rows)
 
-    def commit(self, keep: int) -> None:
-        if self._pending is None:
-            super().commit(keep)
-        elif keep == 0:
+    def run_many(self, rows: mx.array) -> mx.array:
+        """A prefill pass: output rows for projection rows [N, width], which all reach the state at once."""
+        y, recurrent, window = self._run(rows, self._mark.state, self._mark.keep(), self._weights, settle=True)
+        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
+        self._many = rows
+        return y
+
+    def commit(self, keep: int | mx.array) -> None:
+        if isinstance(keep, int) and keep == 0:
             self.abort()
-        else:
-            self._kept = keep
-        self._fused_mark = None
+        elif self._many is None:
+            self._pending = replace(self._pending, kept=keep)
+        elif (count := _host(keep)) < self._many.shape[0]:
+            self.run_many(self._many[:count])
+        self._many = None
 
     def abort(self) -> None:
-        super().abort()
-        if self._fused_mark is not None:
-            self.conv, self.state, self._pending, self._kept = self._fused_mark
-        self._fused_mark = None
-
-    def settle(self) -> None:
-        """Run the kept rows into the state."""
-        if self._pending is None:
-            return
-        if self._kept and self.conv is not None and self.state is not None:
-            state = delta_kernel.DeltaState(self.state.squeeze(0), self.conv.squeeze(0), self._pending)
-            keep = mx.array([self._kept], dtype=mx.int32)
-            _, recurrent, window = self._run(self._pending[:1], state, keep, self._weights)
-            self.state, self.conv = mx.expand_dims(recurrent, 0), mx.expand_dims(window, 0)
-        self._pending, self._kept = None, 0
+        self._pending = self._mark
+        self._many = None
 
     @property
     def arrays(self) -> list[mx.array]:
-        return super().arrays + ([] if self._pending is None else [self._pending])
+        state = self._pending.state
+        return [state.recurrent, state.window, state.pending]
 
 
 class FusedKVCache(KVCache):
-    """Keys and values in a long buffer below `base`, and in a short tail from there on."""
+    """Keys and values in a long buffer below `base`, and in a short tail from there on.
+
+    After a commit of a count on the device, `offset` is an upper bound until the tail moves, and the next position is
+    `_start` plus the rows `_since` it.
+    """
 
     def __init__(self, kv_heads: int, dtype: mx.Dtype) -> None:
         super().__init__()
         self._kv_heads, self._dtype = kv_heads, dtype
         self._tail: mx.array | None = None
         self._base = 0
+        self._start: mx.array | None = None
+        self._since: int | mx.array = 0
+        self._start_mark: tuple[mx.array | None, int | mx.array] = (None, 0)
+        self._first: mx.array | None = None
+
+    def begin(self) -> None:
+        super().begin()
+        self._start_mark = (self._start, self._since)
+        self._first = None
 
     def give(self, rows: int, on_device: OnDevice) -> list[mx.array]:
         """Keys, values, tail, and the positions at which the tail and the new rows begin."""
-        if self._tail is not None and self.offset - self._base + rows > inputs_kernel.TAIL:
+        if self._first is None and self.offset - self._base + rows + _DRAFT_ROWS > inputs_kernel.TAIL:
             self.settle()
+            self._mark, self._start_mark = self.offset, (None, 0)
         if self._tail is None:
             self._base = self.offset
             shape = (2, self._kv_heads, inputs_kernel.TAIL, inputs_kernel.HEAD_DIM)
             self._tail = mx.zeros(shape, self._dtype)
+        if self.offset - self._base + rows > inputs_kernel.TAIL:
+            raise RuntimeError(f"a transaction of more than {_DRAFT_ROWS} rows after its first pass")
         if self._keys is None or self._values is None:
             room = (1, self._kv_heads, inputs_kernel.TAIL, inputs_kernel.HEAD_DIM)
             self._keys, self._values = mx.zeros(room, self._dtype), mx.zeros(room, self._dtype)
-        return [self._keys, self._values, self._tail, on_device(self._base, self.offset)]
+        if self._start is None:
+            position = on_device(self._base, self.offset)
+        else:
+            position = self._start = on_device(self._start, self._since)
+            self._since = 0
+        if self._first is None:
+            self._first = position
+        return [self._keys, self._values, self._tail, position]
 
     def take(self, after: list[mx.array], rows: int) -> None:
         """Continue from a pass: the tail with its rows."""
         (self._tail,) = after
         self.offset += rows
+        self._since = rows
+
+    def commit(self, keep: int | mx.array) -> None:
+        if isinstance(keep, int) and keep == 0:
+            self.abort()
+            return
+        if isinstance(keep, int):
+            super().commit(keep)
+        if isinstance(keep, mx.array) or self._start is not None:
+            self._start, self._since = self._first, keep
+
+    def abort(self) -> None:
+        super().abort()
+        self._start, self._since = self._start_mark
 
     def settle(self) -> None:
-        """Move the tail's rows into the long buffer."""
+        """Move the tail's rows into the long buffer; waits for a count that is still on the device."""
+        if self._start is not None:
+            self.offset = int((self._start[1] + self._since).item())
+            self._start, self._since = None, 0
         tail, self._tail = self._tail, None
         count = self.offset - self._base
         if tail is not None and count:
@@ -124,3 +166,7 @@ class FusedKVCache(KVCache):
     @property
     def arrays(self) -> list[mx.array]:
         return super().arrays + ([] if self._tail is None else [self._tail])
+
+
+def _host(count: int | mx.array) -> int:
+    return count if isinstance(count, int) else int(count.item())

@@ -28,17 +28,24 @@ __device__ __forceinline__ void norm_and_rotate(float (&v)[8], const T* weight, 
   const float scale = rsqrtf(warp_sum(square) * (1.0f / kDim) + eps);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = v[i] * scale * static_cast<float>(weight[lane * 8 + i]);
-  constexpr int kHalfLanes = ROTARY / 16;
+  // Lane p computes the angle of pair p (and p + 32, ...) once; elements then fetch their pair's.
+  constexpr int kPairs = ROTARY / 2, kHalfLanes = ROTARY / 16;
+  float sine[(kPairs + 31) / 32], cosine[(kPairs + 31) / 32];
+#pragma unroll
+  for (int r = 0; r < (kPairs + 31) / 32; ++r)
+    sincosf(position * exp2f(-2.0f * (lane + 32 * r) / ROTARY * log2_theta), &sine[r], &cosine[r]);
   const bool first = lane < kHalfLanes;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float other = __shfl_xor_sync(0xffffffffu, v[i], kHalfLanes);
-    if (lane < 2 * kHalfLanes) {
-      const int pair = (first ? lane : lane - kHalfLanes) * 8 + i;
-      float sine, cosine;
-      sincosf(position * exp2f(-2.0f * pair / ROTARY * log2_theta), &sine, &cosine);
-      v[i] = first ? v[i] * cosine - other * sine : v[i] * cosine + other * sine;
+    const int pair = (lane % kHalfLanes) * 8 + i;
+    float c = 0.0f, d = 0.0f;
+#pragma unroll
+    for (int r = 0; r < (kPairs + 31) / 32; ++r) {
+      const float cr = __shfl_sync(0xffffffffu, cosine[r], pair & 31), dr = __shfl_sync(0xffffffffu, sine[r], pair & 31);
+      if (pair / 32 == r) c = cr, d = dr;
     }
+    if (lane < 2 * kHalfLanes) v[i] = first ? v[i] * c - other * d : v[i] * c + other * d;
   }
 }
 

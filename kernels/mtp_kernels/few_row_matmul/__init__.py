@@ -121,7 +121,7 @@ def _shared_bytes(rows: int, inputs: int, bits: int, group: int, swiglu: bool, n
     stage = 1024 + (0 if bits == 16 else 32 * max(4, chunk // group * 2))
     fold = 64 if bits == 4 and group > 32 else 32
     ring = _WARPS * stages * per_tile * stage
-    reduce = _WARPS * per_tile * 512
+    reduce = 2 * _WARPS * per_tile * 130 * 4
     squares = 32 * -(-inputs // 256) if norm else 0
     sums = 0 if bits == 16 else inputs // fold * 32
     return ring + reduce + squares + 32 + sums + rows * inputs * 2

@@ -1,19 +1,19 @@
 // y[m, n] = sum_k x[m, k] * W[n, k] for at most 8 rows of x, W affine-quantised (4 or 8 bits) or dense.
 //
 // The tensor core computes W_tile (16 output features) x tokens (8 wide): every token is its own MMA column, so a
-// token's result cannot depend on how many tokens share the pass. A team of 8 warps owns one 16-feature tile and
-// splits K by 64-byte chunks, chunk c to warp c % 8; partial sums meet in shared memory in warp order. Two teams share
-// one copy of the activations, which are staged once per block in MMA fragment order. Each warp streams its weights
-// through a private ring of asynchronous copies that runs ahead across tiles, so memory stays busy during reductions.
+// token's result cannot depend on how many tokens share the pass. A block of 16 warps owns one 16-feature tile at a time
+// and splits K by 64-byte chunks, chunk c to warp c % 16; partial sums meet in shared memory in a fixed order. The
+// activations are staged once per block in MMA fragment order. Each warp streams its weights through a private ring of
+// asynchronous copies that runs ahead across tiles, so memory stays busy during reductions.
 namespace few_row {
 
-constexpr int kTeamWarps = 8;
-constexpr int kTeams = 2;
-constexpr int kThreads = kTeams * kTeamWarps * 32;
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * 32;
 constexpr int kTileRows = 16;
 constexpr int kRowBytes = 64;                              // bytes of one weight row in one chunk
 constexpr int kWeightBytes = kTileRows * kRowBytes;        // 1,024
 constexpr int kTokens = 8;
+constexpr int kPartial = kTileRows * kTokens + 2;          // floats of one warp's partial tile; + 2 spreads the banks
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
@@ -26,10 +26,6 @@ __device__ __forceinline__ void copy16(unsigned dst, const void* src) {
 template <int BYTES>
 __device__ __forceinline__ void copy_small(unsigned dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(BYTES));
-}
-
-__device__ __forceinline__ void team_barrier(int team) {
-  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
 }
 
 template <typename T>
@@ -329,10 +325,10 @@ struct Source {
     const unsigned dst = stage + (lane >> 2) * kRowBytes + (((lane & 3) * 16) ^ (((lane >> 3) & 1) << 5));
     copy16(dst, w);
     copy16(dst + 8 * kRowBytes, w + second);
-    w += kTeamWarps * kRowBytes;
+    w += kWarps * kRowBytes;
     if constexpr (BITS != 16) {
       copy_small<L::kScaleBytes>(stage + kWeightBytes + ((lane & 1) * kTileRows + (lane >> 1)) * L::kScaleBytes, s);
-      s += kTeamWarps * L::kChunk / GROUP * 2;
+      s += kWarps * L::kChunk / GROUP * 2;
     }
   }
 };
@@ -349,12 +345,10 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
   constexpr int kPerTile = EPILOGUE == kSwiGLU ? 2 : 1;
   const int chunks = K / L::kChunk;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int team = warp / kTeamWarps, member = warp % kTeamWarps;
 
   unsigned char* ring = smem + warp * (STAGES * kPerTile * L::kStageBytes);
-  float* reduce = reinterpret_cast<float*>(smem + kTeams * kTeamWarps * STAGES * kPerTile * L::kStageBytes);
-  float* my_reduce = reduce + team * (kTeamWarps * kPerTile * 128);
-  float* squares = reduce + kTeams * kTeamWarps * kPerTile * 128;
+  float* reduce = reinterpret_cast<float*>(smem + kWarps * STAGES * kPerTile * L::kStageBytes);  // two buffers
+  float* squares = reduce + 2 * kWarps * kPerTile * kPartial;
   const int per_row = NORM ? (K / 8 + 31) / 32 : 0;
   float* scale = squares + kTokens * per_row;
   float* fold_sums = scale + kTokens;
@@ -366,7 +360,6 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
     total += (matrices[i].n + kTileRows - 1) / kTileRows;
     ldy += matrices[i].n;
   }
-  const int step = gridDim.x * kTeams;
   auto locate = [&](int tile, Matrix& matrix, int& row, int& first) {
     matrix = matrices[0], row = tile * kTileRows, first = 0;
     if constexpr (EPILOGUE != kSwiGLU) {
@@ -379,9 +372,7 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
     }
   };
 
-  // Teams of one block take tiles far apart, so that a last partial round spreads over all multiprocessors.
-  const int first_tile = blockIdx.x + gridDim.x * team;
-  int next_tile = first_tile, next_chunk = member;
+  int next_tile = blockIdx.x, next_chunk = warp;
   Source<T, BITS, GROUP> source[kPerTile];
   auto aim = [&]() {
     Matrix matrix;
@@ -397,9 +388,9 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
       const unsigned stage = shared_address(ring + slot * kPerTile * L::kStageBytes);
 #pragma unroll
       for (int i = 0; i < kPerTile; ++i) source[i].fetch(stage + i * L::kStageBytes, lane);
-      next_chunk += kTeamWarps;
+      next_chunk += kWarps;
       if (next_chunk >= chunks) {
-        next_tile += step, next_chunk = member;
+        next_tile += gridDim.x, next_chunk = warp;
         if (next_tile < total) aim();
       }
     }
@@ -419,10 +410,10 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
     __syncthreads();
   }
 
-  int slot = 0;
-  for (int tile = first_tile; tile < total; tile += step) {
+  int slot = 0, buffer = 0;
+  for (int tile = blockIdx.x; tile < total; tile += gridDim.x, buffer ^= 1) {
     float out[kPerTile][4] = {};
-    for (int chunk = member; chunk < chunks; chunk += kTeamWarps) {
+    for (int chunk = warp; chunk < chunks; chunk += kWarps) {
       asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
       __syncwarp();
       const unsigned char* stage = ring + slot * kPerTile * L::kStageBytes;
@@ -430,35 +421,36 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
       multiply_chunk<T, BITS, GROUP, kPerTile>(stage, fragments, fold_sums, chunk, rows, lane, out);
       slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
+    float* partials = reduce + buffer * (kWarps * kPerTile * kPartial);
     const int g = lane >> 2, q = lane & 3;
 #pragma unroll
     for (int i = 0; i < kPerTile; ++i) {
-      float* mine = my_reduce + (member * kPerTile + i) * 128;
+      float* mine = partials + (i * kWarps + warp) * kPartial;
       *reinterpret_cast<float2*>(mine + g * 8 + 2 * q) = make_float2(out[i][0], out[i][1]);
       *reinterpret_cast<float2*>(mine + (g + 8) * 8 + 2 * q) = make_float2(out[i][2], out[i][3]);
     }
-    team_barrier(team);
-    const int t = threadIdx.x - team * kTeamWarps * 32;
-    const int token = t & 7, feature = t >> 3;
+    __syncthreads();  // one barrier a tile: the other buffer is free once every warp has come past this one
+    // Four neighbouring threads share an output, each with four warps' partial sums.
+    const int output = threadIdx.x >> 2, token = output & 7, feature = output >> 3;
+    float sum[kPerTile];
+#pragma unroll
+    for (int i = 0; i < kPerTile; ++i) {
+      const float* part = partials + (i * kWarps + (threadIdx.x & 3) * 4) * kPartial + output;
+      sum[i] = __fadd_rn(__fadd_rn(part[0], part[kPartial]), __fadd_rn(part[2 * kPartial], part[3 * kPartial]));
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+      if constexpr (NORM) sum[i] *= scale[token];
+    }
     Matrix matrix;
     int row, first;
     locate(tile, matrix, row, first);
-    if (t < 128 && token < rows && row + feature < matrix.n) {
-      float sum[kPerTile];
-#pragma unroll
-      for (int i = 0; i < kPerTile; ++i) {
-        sum[i] = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kTeamWarps; ++w) sum[i] += my_reduce[(w * kPerTile + i) * 128 + t];
-        if constexpr (NORM) sum[i] *= scale[token];
-      }
+    if ((threadIdx.x & 3) == 0 && token < rows && row + feature < matrix.n) {
       const size_t at = static_cast<size_t>(token) * ldy + first + row + feature;
       float value = sum[0];
       if constexpr (EPILOGUE == kSwiGLU) value = silu(sum[0]) * sum[1];
       if constexpr (EPILOGUE == kResidual) value += static_cast<float>(residual[at]);
       y[at] = static_cast<OutT>(value);
     }
-    team_barrier(team);
   }
 }
 

@@ -12,10 +12,8 @@ import mlx.core as mx
 from ..launch import CUDA_TYPES, cuda_launch, source_text, version_of
 from .reference import HEAD_DIM, DeltaState, DeltaWeights, reference
 
-__all__ = ["HEAD_DIM", "MAX_ROWS", "VERSION", "DeltaState", "DeltaWeights", "gated_delta", "reference", "supported"]
+__all__ = ["HEAD_DIM", "VERSION", "DeltaState", "DeltaWeights", "gated_delta", "reference", "supported"]
 
-MAX_ROWS = 16
-"""Most rows of `pending` and of the pass together."""
 _THREADS = 512
 VERSION = version_of(source_text(__file__, "kernel.cu"))
 
@@ -37,8 +35,6 @@ def check(fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeig
         raise ValueError(f"fresh is {fresh.shape}, expected [M >= 1, {weights.width}]")
     if state.pending.ndim != 2 or state.pending.shape[1] != weights.width or state.pending.shape[0] < 1:
         raise ValueError(f"pending is {state.pending.shape}, expected [P >= 1, {weights.width}]")
-    if fresh.shape[0] + state.pending.shape[0] > MAX_ROWS:
-        raise ValueError(f"{state.pending.shape[0]} pending and {fresh.shape[0]} new rows exceed {MAX_ROWS}")
     if state.recurrent.shape != (weights.value_heads, HEAD_DIM, HEAD_DIM) or state.recurrent.dtype != mx.float32:
         raise ValueError(f"recurrent is {state.recurrent.shape} {state.recurrent.dtype}")
     if state.window.shape != (3, weights.channels):
@@ -48,7 +44,7 @@ def check(fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeig
 
 
 def gated_delta(
-    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights
+    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Replays `keep` rows of the last pass, then runs this pass's rows, on CUDA.
 
@@ -57,6 +53,7 @@ def gated_delta(
         state: the sequence before its pending rows.
         keep: one int32, how many of the pending rows were accepted (0..P); may still be uncomputed.
         weights: the layer's tensors; `conv`, `dt_bias` and `norm` in fresh's dtype.
+        settle: return the state after all rows (prefill) instead of after the kept rows.
 
     Returns:
         Output rows `[M, Hv * 128]`, gated and normed, ready for the output projection; the recurrent state after the
@@ -70,8 +67,8 @@ def gated_delta(
     if reason:
         raise ValueError(reason)
     body = f"""
-  gated_delta::run<{CUDA_TYPES[fresh.dtype]}>(fresh, kept, keep, window, state, conv_weight, a_log, dt_bias,
-      norm_weight, y, state_out, window_out, fresh_shape[0], {weights.value_heads}, {weights.key_heads},
+  gated_delta::run<{CUDA_TYPES[fresh.dtype]}, {str(settle).lower()}>(fresh, kept, keep, window, state,
+      conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, fresh_shape[0], {weights.value_heads}, {weights.key_heads},
       {weights.eps!r}f);
 """
     kernel = cuda_launch(

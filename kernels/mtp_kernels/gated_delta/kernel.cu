@@ -1,13 +1,14 @@
 // Gated DeltaNet over few rows: replay of the kept rows of the last pass, then this pass's rows, in one launch.
 //
-// One block per value head; four lanes own one value row of the state, 32 key columns each, in registers. Kept and
-// new rows go through the same loop body, so a state reached by replay has the bits of one reached row by row.
+// One block per value head; four lanes own one value row of the state, 32 key columns each, in registers. Rows come in
+// chunks: convolution and norms of a chunk side by side, then the recurrence row by row. Kept and new rows go through
+// the same code, so a state reached by replay has the bits of one reached row by row.
 namespace gated_delta {
 
 constexpr int kThreads = 512;
 constexpr int kDim = 128;      // key and value head width
 constexpr int kTaps = 4;       // convolution taps
-constexpr int kMaxRows = 16;   // kept plus new
+constexpr int kChunk = 16;     // rows
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
 
@@ -64,33 +65,16 @@ __device__ __forceinline__ void convolve(const Rows<T>& rows, const T* weight, i
   for (int i = 0; i < 4; ++i) out[i] = out[i] * sigmoid(out[i]);
 }
 
+// Rows [start, start + count) of one head: q, k (unit length, q scaled), v, decay and beta into shared memory.
 template <typename T>
-__device__ __forceinline__ void run(const T* fresh, const T* kept, const int* keep, const T* window, const float* state,
-                                    const T* conv_weight, const float* a_log, const T* dt_bias, const T* norm_weight,
-                                    T* y, float* state_out, T* window_out, int new_rows, int value_heads, int key_heads,
-                                    float eps) {
-  __shared__ __align__(16) float qkv[kMaxRows][3][kDim];
-  __shared__ float decay[kMaxRows], beta[kMaxRows];
-  __shared__ __align__(16) float outputs[kMaxRows][kDim];
-  const int head = blockIdx.x, per_key = value_heads / key_heads, key_head = head / per_key;
-  const int key_width = key_heads * kDim, value_width = value_heads * kDim;
-  const int channels = 2 * key_width + value_width;
-  const int z_at = channels, b_at = z_at + value_width, a_at = b_at + value_heads, stride = a_at + value_heads;
-  const int kept_rows = keep[0], total = kept_rows + new_rows;
-  const Rows<T> rows{window, kept, fresh, channels, stride, kept_rows};
+__device__ __forceinline__ void prepare(const Rows<T>& rows, const T* conv_weight, const int (&channel_of)[3],
+                                        const float* a_log, const T* dt_bias, int head, int a_at, int b_at, int start,
+                                        int count, float (*qkv)[3][kDim], float* decay, float* beta) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int value_row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
-
-  float4 s[8];
-  const float4* source = reinterpret_cast<const float4*>(state + (static_cast<size_t>(head) * kDim + value_row) * kDim);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) s[j] = source[j * 4 + quarter];
-
-  const int channel_of[3] = {key_head * kDim, key_width + key_head * kDim, 2 * key_width + head * kDim};
-  for (int item = warp; item < total * 3; item += kThreads / 32) {
+  for (int item = warp; item < count * 3; item += kThreads / 32) {
     const int t = item / 3, part = item - 3 * t;
     float v[4];
-    convolve(rows, conv_weight, t, channel_of[part] + lane * 4, v);
+    convolve(rows, conv_weight, start + t, channel_of[part] + lane * 4, v);
     if (part < 2) {
       float square = 0.0f;
 #pragma unroll
@@ -102,77 +86,120 @@ __device__ __forceinline__ void run(const T* fresh, const T* kept, const int* ke
     }
     *reinterpret_cast<float4*>(&qkv[t][part][lane * 4]) = make_float4(v[0], v[1], v[2], v[3]);
   }
-  if (threadIdx.x < total) {
-    const T* row = rows.row(threadIdx.x);
+  if (threadIdx.x < count) {
+    const T* row = rows.row(start + threadIdx.x);
     const float pre = static_cast<float>(row[a_at + head]) + static_cast<float>(dt_bias[head]);
     const float softplus = pre > 20.0f ? pre : log1pf(expf(pre));
     decay[threadIdx.x] = expf(-expf(a_log[head]) * softplus);
     beta[threadIdx.x] = sigmoid(static_cast<float>(row[b_at + head]));
   }
-  // The window after the kept rows; key channels are shared by `per_key` heads, the first of which writes them.
+}
+
+// One row of the recurrence for a lane's 32 state values; returns the row's output, alike in the four lanes of a quad.
+__device__ __forceinline__ float advance(float4 (&s)[8], const float (*qkv)[kDim], float g, float beta, int value_row,
+                                         int quarter) {
+  const float4* k4 = reinterpret_cast<const float4*>(qkv[1]);
+  const float4* q4 = reinterpret_cast<const float4*>(qkv[0]);
+  float4 key[8];
+  float4 part = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    key[j] = k4[j * 4 + quarter];
+    s[j] = make_float4(__fmul_rn(s[j].x, g), __fmul_rn(s[j].y, g), __fmul_rn(s[j].z, g), __fmul_rn(s[j].w, g));
+    part.x = __fmaf_rn(s[j].x, key[j].x, part.x);
+    part.y = __fmaf_rn(s[j].y, key[j].y, part.y);
+    part.z = __fmaf_rn(s[j].z, key[j].z, part.z);
+    part.w = __fmaf_rn(s[j].w, key[j].w, part.w);
+  }
+  const float recalled = quad_sum(__fadd_rn(__fadd_rn(part.x, part.y), __fadd_rn(part.z, part.w)));
+  const float delta = __fmul_rn(__fsub_rn(qkv[2][value_row], recalled), beta);
+  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float4 query = q4[j * 4 + quarter];
+    s[j].x = __fmaf_rn(key[j].x, delta, s[j].x);
+    s[j].y = __fmaf_rn(key[j].y, delta, s[j].y);
+    s[j].z = __fmaf_rn(key[j].z, delta, s[j].z);
+    s[j].w = __fmaf_rn(key[j].w, delta, s[j].w);
+    out.x = __fmaf_rn(s[j].x, query.x, out.x);
+    out.y = __fmaf_rn(s[j].y, query.y, out.y);
+    out.z = __fmaf_rn(s[j].z, query.z, out.z);
+    out.w = __fmaf_rn(s[j].w, query.w, out.w);
+  }
+  return quad_sum(__fadd_rn(__fadd_rn(out.x, out.y), __fadd_rn(out.z, out.w)));
+}
+
+// RMSNorm of one head's output row times silu of its gate, by one warp.
+template <typename T>
+__device__ __forceinline__ void gate_row(const float* output, Four<T> gate, Four<T> norm, float eps, T* target) {
+  const int lane = threadIdx.x & 31;
+  float v[4], square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = output[lane * 4 + i];
+    square = __fmaf_rn(v[i], v[i], square);
+  }
+  const float scale = rsqrtf(warp_sum(square) * (1.0f / kDim) + eps);
+  Four<T> row;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float z = static_cast<float>(gate.v[i]);
+    row.v[i] = static_cast<T>(v[i] * scale * static_cast<float>(norm.v[i]) * z * sigmoid(z));
+  }
+  *reinterpret_cast<Four<T>*>(target + lane * 4) = row;
+}
+
+// The whole launch. State and window are written after the kept rows, or with SETTLE after all rows.
+template <typename T, bool SETTLE>
+__device__ __forceinline__ void run(const T* fresh, const T* kept, const int* keep, const T* window, const float* state,
+                                    const T* conv_weight, const float* a_log, const T* dt_bias, const T* norm_weight,
+                                    T* y, float* state_out, T* window_out, int new_rows, int value_heads, int key_heads,
+                                    float eps) {
+  __shared__ __align__(16) float qkv[kChunk][3][kDim];
+  __shared__ float decay[kChunk], beta[kChunk];
+  __shared__ __align__(16) float outputs[kChunk][kDim];
+  const int head = blockIdx.x, per_key = value_heads / key_heads, key_head = head / per_key;
+  const int key_width = key_heads * kDim, value_width = value_heads * kDim;
+  const int channels = 2 * key_width + value_width;
+  const int z_at = channels, b_at = z_at + value_width, a_at = b_at + value_heads, stride = a_at + value_heads;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int value_row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
+
+  float4 s[8];
+  const size_t own = (static_cast<size_t>(head) * kDim + value_row) * kDim;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) s[j] = reinterpret_cast<const float4*>(state + own)[j * 4 + quarter];
+  const Four<T> norm = *reinterpret_cast<const Four<T>*>(norm_weight + lane * 4);
+  const int kept_rows = keep[0], total = kept_rows + new_rows, settle = SETTLE ? total : kept_rows;
+  const Rows<T> rows{window, kept, fresh, channels, stride, kept_rows};
+  const int channel_of[3] = {key_head * kDim, key_width + key_head * kDim, 2 * key_width + head * kDim};
+  auto write_state = [&]() {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) reinterpret_cast<float4*>(state_out + own)[j * 4 + quarter] = s[j];
+  };
+
+  // Key channels are shared by `per_key` heads, the first of which writes their window.
   for (int i = threadIdx.x; i < (kTaps - 1) * 3 * kDim; i += kThreads) {
     const int tap = i / (3 * kDim), part = (i / kDim) % 3, channel = channel_of[part] + i % kDim;
     if (part == 2 || head % per_key == 0)
-      window_out[static_cast<size_t>(tap) * channels + channel] = rows.at(kept_rows + tap)[channel];
+      window_out[static_cast<size_t>(tap) * channels + channel] = rows.at(settle + tap)[channel];
   }
-  __syncthreads();
-
-  float4* target = reinterpret_cast<float4*>(state_out + (static_cast<size_t>(head) * kDim + value_row) * kDim);
-  for (int t = 0; t <= total; ++t) {
-    if (t == kept_rows) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) target[j * 4 + quarter] = s[j];
+  if (settle == 0) write_state();
+  for (int start = 0; start < total; start += kChunk) {
+    const int count = min(kChunk, total - start), row = start + warp;  // one warp gates one row of the chunk
+    const bool gated = warp < count && row >= kept_rows;
+    Four<T> gate;
+    if (gated) gate = *reinterpret_cast<const Four<T>*>(rows.row(row) + z_at + head * kDim + lane * 4);
+    prepare(rows, conv_weight, channel_of, a_log, dt_bias, head, a_at, b_at, start, count, qkv, decay, beta);
+    __syncthreads();
+    for (int t = 0; t < count; ++t) {
+      const float read = advance(s, qkv[t], decay[t], beta[t], value_row, quarter);
+      if (quarter == 0) outputs[t][value_row] = read;
+      if (start + t + 1 == settle) write_state();
     }
-    if (t == total) break;
-    const float4* k4 = reinterpret_cast<const float4*>(qkv[t][1]);
-    const float4* q4 = reinterpret_cast<const float4*>(qkv[t][0]);
-    const float g = decay[t];
-    float4 key[8];
-    float4 part = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      key[j] = k4[j * 4 + quarter];
-      s[j] = make_float4(__fmul_rn(s[j].x, g), __fmul_rn(s[j].y, g), __fmul_rn(s[j].z, g), __fmul_rn(s[j].w, g));
-      part.x = __fmaf_rn(s[j].x, key[j].x, part.x);
-      part.y = __fmaf_rn(s[j].y, key[j].y, part.y);
-      part.z = __fmaf_rn(s[j].z, key[j].z, part.z);
-      part.w = __fmaf_rn(s[j].w, key[j].w, part.w);
-    }
-    const float recalled = quad_sum(__fadd_rn(__fadd_rn(part.x, part.y), __fadd_rn(part.z, part.w)));
-    const float delta = __fmul_rn(__fsub_rn(qkv[t][2][value_row], recalled), beta[t]);
-    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float4 query = q4[j * 4 + quarter];
-      s[j].x = __fmaf_rn(key[j].x, delta, s[j].x);
-      s[j].y = __fmaf_rn(key[j].y, delta, s[j].y);
-      s[j].z = __fmaf_rn(key[j].z, delta, s[j].z);
-      s[j].w = __fmaf_rn(key[j].w, delta, s[j].w);
-      out.x = __fmaf_rn(s[j].x, query.x, out.x);
-      out.y = __fmaf_rn(s[j].y, query.y, out.y);
-      out.z = __fmaf_rn(s[j].z, query.z, out.z);
-      out.w = __fmaf_rn(s[j].w, query.w, out.w);
-    }
-    const float read = quad_sum(__fadd_rn(__fadd_rn(out.x, out.y), __fadd_rn(out.z, out.w)));
-    if (quarter == 0 && t >= kept_rows) outputs[t - kept_rows][value_row] = read;
-  }
-  __syncthreads();
-
-  for (int m = warp; m < new_rows; m += kThreads / 32) {
-    float v[4], square = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = outputs[m][lane * 4 + i];
-      square = __fmaf_rn(v[i], v[i], square);
-    }
-    const float scale = rsqrtf(warp_sum(square) * (1.0f / kDim) + eps);
-    const T* gate = fresh + static_cast<size_t>(m) * stride + z_at + head * kDim + lane * 4;
-    T* row = y + static_cast<size_t>(m) * value_width + head * kDim + lane * 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float z = static_cast<float>(gate[i]);
-      row[i] = static_cast<T>(v[i] * scale * static_cast<float>(norm_weight[lane * 4 + i]) * z * sigmoid(z));
-    }
+    __syncthreads();
+    if (gated)
+      gate_row(outputs[warp], gate, norm, eps, y + static_cast<size_t>(row - kept_rows) * value_width + head * kDim);
   }
 }
 

@@ -23,10 +23,10 @@ def case(weights: DeltaWeights, dtype: mx.Dtype) -> Case:
             y, recurrent, window = run(fresh[i : i + rows], state, keep, weights)
             outputs.append(y)
             pending, kept = fresh[i : i + rows], rows
-        # One more pass settles the last rows, so that the states can be compared.
+        # One more pass settles the last rows and 32 more, so that the states can be compared.
         state, keep = DeltaState(recurrent, window, pending), mx.array([kept], dtype=mx.int32)
-        _, recurrent, window = run(fresh[:1], state, keep, weights)
-        return [mx.concatenate(outputs), recurrent, window]
+        y, recurrent, window = run(mx.concatenate([fresh] * 4), state, keep, weights, settle=True)
+        return [mx.concatenate([*outputs, y]), recurrent, window]
 
     return Case(
         kernel="gated_delta",

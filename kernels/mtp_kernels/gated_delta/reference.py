@@ -59,13 +59,14 @@ HEAD_DIM = 128
 
 
 def reference(
-    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights
+    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The definition of right for `gated_delta`; reads `keep` back to the host."""
     kept = int(keep.item())
     rows = mx.concatenate([state.pending[:kept].astype(fresh.dtype), fresh], axis=0).astype(mx.float32)
     inputs = mx.concatenate([state.window.astype(mx.float32), rows[:, : weights.channels]], axis=0)
     total = rows.shape[0]
+    settle_at = total if settle else kept
     conv = weights.conv.astype(mx.float32)
     mixed = mx.zeros((total, weights.channels))
     for tap in range(4):
@@ -88,14 +89,14 @@ def reference(
         recalled = (recurrent * k[t][:, None, :]).sum(axis=-1)
         delta = (v[t] - recalled) * beta[t][:, None]
         recurrent = recurrent + k[t][:, None, :] * delta[:, :, None]
-        if t + 1 == kept:
+        if t + 1 == settle_at:
             settled = recurrent
         if t >= kept:
             outputs.append((recurrent * q[t][:, None, :]).sum(axis=-1))
     out = mx.fast.rms_norm(mx.stack(outputs), weights.norm.astype(mx.float32), weights.eps)
     z = rows[kept:, weights.channels : z_end].reshape(out.shape)
     out = (out * z * mx.sigmoid(z)).reshape(fresh.shape[0], -1)
-    window = inputs[kept : kept + 3].astype(state.window.dtype)
+    window = inputs[settle_at : settle_at + 3].astype(state.window.dtype)
     return out.astype(fresh.dtype), settled, window
 
 
