@@ -19,12 +19,20 @@ class Stepped:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._target, name)
-        return (lambda *args, **kwargs: self._finish(value(*args, **kwargs))) if callable(value) else value
+        if not callable(value):
+            return value
 
-    def _finish(self, value: Any) -> Any:
-        if inspect.iscoroutine(value):
-            return self._loop.run_until_complete(value)
-        return Stepped(self._loop, value) if hasattr(value, "__aiter__") else value
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = self._loop.run_until_complete(self._inside(value, *args, **kwargs))
+            return Stepped(self._loop, result) if hasattr(result, "__aiter__") else result
+
+        return call
+
+    @staticmethod
+    async def _inside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls it while the loop runs, as grpc.aio needs of plain functions too."""
+        result = function(*args, **kwargs)
+        return await result if inspect.iscoroutine(result) else result
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._target.__aiter__()
