@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_mtp_backend import noise
 from mlx_mtp_backend.api import Rule
-from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.sampling import Law, choose
 
 
@@ -35,9 +35,9 @@ class Outcome:
     token: mx.array
 
 
-def draft_stream(rule: Rule) -> Stream:
+def draft_purpose(rule: Rule) -> Purpose:
     """The noise a draft is drawn with: the target's own under coupling, an independent one under rejection."""
-    return Stream.TARGET if rule is Rule.COUPLING else Stream.DRAFT
+    return Purpose.TARGET if rule is Rule.COUPLING else Purpose.DRAFT
 
 
 def couple(p: Law, drafts: mx.array, keys: mx.array, positions: mx.array) -> Outcome:
@@ -49,17 +49,17 @@ def couple(p: Law, drafts: mx.array, keys: mx.array, positions: mx.array) -> Out
         keys: uint32 [R, 2], each row's seed.
         positions: integers [R], absolute position of each row's token.
     """
-    token = choose(p, keys, positions, Stream.TARGET)
+    token = choose(p, keys, positions, Purpose.TARGET)
     return Outcome(token == drafts, token)
 
 
 def reject(p: Law, q: Law, drafts: mx.array, vocab_size: int, keys: mx.array, positions: mx.array) -> Outcome:
     """Rejection sampling; `q` is the law that `drafts` were really drawn from. Arguments as in `couple`."""
     target, proposal = p.dense(vocab_size), q.dense(vocab_size)
-    accept = noise.uniform(noise.bits(keys, positions, mx.zeros_like(drafts)[:, None], Stream.ACCEPT))[:, 0]
+    accept = noise.uniform(noise.bits(keys, positions, mx.zeros_like(drafts)[:, None], Purpose.ACCEPT))[:, 0]
     p_draft, q_draft = (mx.take_along_axis(law, drafts[:, None], axis=-1)[:, 0] for law in (target, proposal))
     stands = accept * mx.exp(q_draft) < mx.exp(p_draft)
-    return Outcome(stands, choose(residual(target, proposal), keys, positions, Stream.RESIDUAL))
+    return Outcome(stands, choose(residual(target, proposal), keys, positions, Purpose.RESIDUAL))
 
 
 def residual(target: mx.array, proposal: mx.array) -> Law:
@@ -92,7 +92,7 @@ def judge(
     bonus = sorted(set(range(drafts.shape[0])) - set(drafted))
     mine, rest = mx.array(drafted), mx.array(bonus)
     judged = reject(p.take(mine), q, drafts[mine], vocab_size, keys[mine], positions[mine])
-    token = choose(p.take(rest), keys[rest], positions[rest], Stream.TARGET)
+    token = choose(p.take(rest), keys[rest], positions[rest], Purpose.TARGET)
     back = mx.argsort(mx.concatenate([mine, rest]))
     stands = mx.concatenate([judged.stands, mx.zeros((len(bonus),), mx.bool_)])
     return Outcome(stands[back], mx.concatenate([judged.token, token])[back])

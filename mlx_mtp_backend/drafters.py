@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 import mlx.core as mx
 
 from mlx_mtp_backend import noise, sampling
-from mlx_mtp_backend.acceptance import draft_stream
+from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
-from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.sampling import Law
 from mlx_mtp_backend.sequence import Sequence
 
@@ -105,7 +105,7 @@ def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule
     law = sampling.transform(logits, parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
     positions = mx.array([len(run.sequence.tokens) + len(run.tokens) for run in runs])
-    tokens = sampling.choose(law, keys, positions, draft_stream(rule))
+    tokens = sampling.choose(law, keys, positions, draft_purpose(rule))
     for row, run in enumerate(runs):
         run.tokens.append(tokens[row : row + 1])
         if rule is Rule.REJECTION:
@@ -156,4 +156,4 @@ class ScriptedDrafter:
         positions = mx.arange(start, start + depth)
         # Its own noise even under coupling: drafting with the target's would make a wrong draft right by luck.
         keys = noise.keys([sequence.seed] * depth)
-        return Draft(sampling.choose(law, keys, positions, Stream.DRAFT), law)
+        return Draft(sampling.choose(law, keys, positions, Purpose.DRAFT), law)

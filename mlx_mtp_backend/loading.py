@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Generator
@@ -21,6 +22,8 @@ from mlx_mtp_backend.families.base import Driver, Model
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.text import ModelText, load_text
 from mlx_mtp_backend.wiring import WiringReport
+
+log = logging.getLogger(__name__)
 
 # Share of the machine's memory that weights widened to fp32 may take on a CPU.
 _WIDEN_LIMIT = 0.5
@@ -51,7 +54,7 @@ def load(name: str, path: Path, options: LoadOptions) -> Generator[LoadProgress,
     dtype = _dtype(report)
     driver = cast(Driver, importlib.import_module(str(report.trunk_driver)))
     model = yield from driver.load(path, options, dtype)
-    replay, reason = numerics.replay_class(model)
+    replay, reason = yield from numerics.replay_class(model)
     wired = yield from _check_wiring(model, text, options)
     info = LoadedModel(
         name=name,
@@ -103,6 +106,8 @@ def _check_wiring(
     report = yield from wiring.check(model, tokens)
     if not report.healthy and options.wiring is WiringPolicy.REFUSE:
         raise EngineError(ErrorReason.HEAD_MISWIRED, report.summary())
+    if not report.healthy or report.better:
+        log.warning("%s", report.summary())
     return report
 
 

@@ -1,10 +1,10 @@
 """Counter-based noise: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-Every draw is a pure function of (seed, absolute position, token, stream), so it does not matter which rows share a
+Every draw is a pure function of (seed, absolute position, token, purpose), so it does not matter which rows share a
 pass, which device computes it or how often. The 32-bit integers are equal on every device; the floats made from them
 are equal wherever the device's log is.
 
-Layout: key = (low, high word of the seed); counter = (token // 4, position, stream, 0); the draw of a token is word
+Layout: key = (low, high word of the seed); counter = (token // 4, position, purpose, 0); the draw of a token is word
 token % 4 of that block, so a dense row costs one block per four tokens.
 """
 
@@ -21,7 +21,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LARGEST_BELOW_ONE = 1 - 2.0**-24
 
 
-class Stream(enum.IntEnum):
+class Purpose(enum.IntEnum):
     """Independent draws at one position."""
 
     TARGET = 0  # the race that picks the target's token; the coupled draft shares it
@@ -60,14 +60,14 @@ def keys(seeds: Iterable[int]) -> mx.array:
     return mx.array([[seed & 0xFFFFFFFF, seed >> 32] for seed in seeds], dtype=mx.uint32)
 
 
-def _block(keys: mx.array, positions: mx.array, blocks: mx.array, stream: Stream) -> mx.array:
+def _block(keys: mx.array, positions: mx.array, blocks: mx.array, purpose: Purpose) -> mx.array:
     shape = mx.broadcast_shapes(positions.shape, blocks.shape)
     word = mx.broadcast_to(blocks.astype(mx.uint32), shape)
     position = mx.broadcast_to(positions.astype(mx.uint32), shape)
-    return _philox((word, position, mx.full(shape, int(stream), mx.uint32), mx.zeros(shape, mx.uint32)), keys[:, None])
+    return _philox((word, position, mx.full(shape, int(purpose), mx.uint32), mx.zeros(shape, mx.uint32)), keys[:, None])
 
 
-def bits(keys: mx.array, positions: mx.array, tokens: mx.array, stream: Stream) -> mx.array:
+def bits(keys: mx.array, positions: mx.array, tokens: mx.array, purpose: Purpose) -> mx.array:
     """The integer draws of chosen tokens.
 
     Args:
@@ -78,13 +78,13 @@ def bits(keys: mx.array, positions: mx.array, tokens: mx.array, stream: Stream) 
     Returns:
         uint32 [R, M].
     """
-    block = _block(keys, positions[:, None], tokens >> 2, stream)
+    block = _block(keys, positions[:, None], tokens >> 2, purpose)
     return mx.take_along_axis(block, (tokens & 3)[..., None], axis=-1)[..., 0]
 
 
-def row_bits(keys: mx.array, positions: mx.array, vocab_size: int, stream: Stream) -> mx.array:
+def row_bits(keys: mx.array, positions: mx.array, vocab_size: int, purpose: Purpose) -> mx.array:
     """The integer draws of every token: uint32 [R, vocab_size], equal to `bits` of arange(vocab_size)."""
-    block = _block(keys, positions[:, None], mx.arange((vocab_size + 3) // 4)[None], stream)
+    block = _block(keys, positions[:, None], mx.arange((vocab_size + 3) // 4)[None], purpose)
     return block.reshape(positions.shape[0], -1)[:, :vocab_size]
 
 

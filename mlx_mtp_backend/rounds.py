@@ -17,7 +17,7 @@ from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import flags, ints
-from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
 
@@ -69,7 +69,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
     if logits is None or law is None:
         evaluate([*settled, hidden.carried])
         return None
-    token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Stream.TARGET)
+    token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Purpose.TARGET)
     finite = mx.all(mx.isfinite(logits), axis=-1)
     evaluate([*settled, token, finite])
     return _settle(sequence, ints(token), flags(finite))

@@ -72,7 +72,7 @@ def transform(logits: mx.array, sampling: Sampling, *, exact: bool = True) -> La
     return law if all(rows) else _widen(logits, sampling, rows)
 
 
-def choose(law: Law, keys: mx.array, positions: mx.array, stream: noise.Stream) -> mx.array:
+def choose(law: Law, keys: mx.array, positions: mx.array, purpose: noise.Purpose) -> mx.array:
     """Draw one token per row by an exponential race: the smallest E / p wins, with law p.
 
     Args:
@@ -85,9 +85,9 @@ def choose(law: Law, keys: mx.array, positions: mx.array, stream: noise.Stream) 
     if law.ids is not None and law.ids.shape[-1] == 1:
         return law.ids[:, 0]
     if law.ids is None:
-        draws = noise.row_bits(keys, positions, law.logp.shape[-1], stream)
+        draws = noise.row_bits(keys, positions, law.logp.shape[-1], purpose)
     else:
-        draws = noise.bits(keys, positions, law.ids, stream)
+        draws = noise.bits(keys, positions, law.ids, purpose)
     winner = mx.argmin(noise.log_exponential(draws) - law.logp, axis=-1, keepdims=True)
     return (winner if law.ids is None else mx.take_along_axis(law.ids, winner, axis=-1))[:, 0].astype(mx.int32)
 

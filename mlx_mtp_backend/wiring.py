@@ -82,6 +82,7 @@ def check(model: Model, tokens: list[int]) -> Generator[LoadProgress, None, Wiri
     tokens = tokens[:MAX_TOKENS]
     others = model.alternatives()
     trunk, head = teacher_forced(model, tokens)
+    yield LoadProgress("wiring", 0.0)
     told, agreement, control = _agreement(trunk, head)
     rules = {rule: _kept(rule, trunk[1:], head[:-1]) for rule in Rule}
     alternatives = {}
@@ -135,7 +136,7 @@ def _kept(rule: Rule, target: mx.array, draft: mx.array) -> float:
     positions = mx.arange(count)
     p, q = sampling.transform(target[:count], _TYPICAL), sampling.transform(draft[:count], _TYPICAL)
     keys = noise.keys([0] * count)
-    drafts = sampling.choose(q, keys, positions, acceptance.draft_stream(rule))
+    drafts = sampling.choose(q, keys, positions, acceptance.draft_purpose(rule))
     if rule is Rule.COUPLING:
         outcome = acceptance.couple(p, drafts, keys, positions)
     else:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp_backend import acceptance, noise, sampling
-from mlx_mtp_backend.acceptance import draft_stream
+from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.sampling import Law
 
@@ -69,7 +69,7 @@ def emitted(rule: Rule, p: Law, q: Law, vocab_size: int, trials: int, seed: int)
     """Draft, judge and emit `trials` times at as many positions: counts per token, and the share of drafts kept."""
     keys, positions = noise.keys([seed] * trials), mx.arange(trials) + 5
     p, q = repeat(p, trials), repeat(q, trials)
-    drafts = sampling.choose(q, keys, positions, draft_stream(rule))
+    drafts = sampling.choose(q, keys, positions, draft_purpose(rule))
     if rule is Rule.COUPLING:
         outcome = acceptance.couple(p, drafts, keys, positions)
     else:

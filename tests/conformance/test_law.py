@@ -135,8 +135,8 @@ BUGS = [
         "accept * mx.exp(q_draft / 0.7) <",
         Rule.REJECTION,
     ),
-    ("accept draw reused for the residual", acceptance, "Stream.RESIDUAL", "Stream.ACCEPT", Rule.REJECTION),
-    ("draft's noise reused for the residual", acceptance, "Stream.RESIDUAL", "Stream.DRAFT", Rule.REJECTION),
+    ("accept draw reused for the residual", acceptance, "Purpose.RESIDUAL", "Purpose.ACCEPT", Rule.REJECTION),
+    ("draft's noise reused for the residual", acceptance, "Purpose.RESIDUAL", "Purpose.DRAFT", Rule.REJECTION),
     (
         "rejected drafts emitted",
         acceptance,

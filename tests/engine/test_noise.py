@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp_backend import noise
-from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.noise import Purpose
 
 # Known answers published with Random123 for philox4x32 at ten rounds.
 KNOWN = [
@@ -34,20 +34,20 @@ def test_philox_gives_the_published_answers(counter, key, answer):
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**31 - 1),
     tokens=st.lists(st.integers(0, 300), min_size=1, max_size=20),
-    stream=st.sampled_from(Stream),
+    purpose=st.sampled_from(Purpose),
 )
-def test_a_draw_depends_on_its_own_key_only(seed, position, tokens, stream):
-    alone = noise.bits(noise.keys([seed]), mx.array([position]), mx.array([tokens]), stream)
-    row = noise.row_bits(noise.keys([seed]), mx.array([position]), 301, stream)
-    beside = noise.row_bits(noise.keys([1, seed, 2]), mx.array([position + 1, position, 3]), 301, stream)
+def test_a_draw_depends_on_its_own_key_only(seed, position, tokens, purpose):
+    alone = noise.bits(noise.keys([seed]), mx.array([position]), mx.array([tokens]), purpose)
+    row = noise.row_bits(noise.keys([seed]), mx.array([position]), 301, purpose)
+    beside = noise.row_bits(noise.keys([1, seed, 2]), mx.array([position + 1, position, 3]), 301, purpose)
     assert alone[0].tolist() == [row[0, token].item() for token in tokens]
     assert mx.array_equal(row[0], beside[1])
 
 
 def test_keys_give_unrelated_draws():
     """Correlation of the uniforms of any two keys stays within five standard errors."""
-    keys = [(s, p, stream) for s in (1, 2, 1 << 32, 1 << 63) for p in (0, 1, 2) for stream in Stream]
-    draws = [noise.row_bits(noise.keys([s]), mx.array([p]), 4096, stream) for s, p, stream in keys]
+    keys = [(s, p, purpose) for s in (1, 2, 1 << 32, 1 << 63) for p in (0, 1, 2) for purpose in Purpose]
+    draws = [noise.row_bits(noise.keys([s]), mx.array([p]), 4096, purpose) for s, p, purpose in keys]
     rows = np.array([np.array(noise.uniform(row))[0] for row in draws])
     correlation = np.corrcoef(rows) - np.eye(len(keys))
     assert np.abs(correlation).max() < 5 / math.sqrt(4096)
@@ -62,7 +62,7 @@ def test_the_exponential_is_fine_at_the_end_that_wins_and_finite_at_the_other():
 
 def test_the_exponential_has_its_law():
     """Kolmogorov-Smirnov distance of 40,000 draws from Exp(1), at a level of about 1e-6."""
-    bits = noise.row_bits(noise.keys([9]), mx.array([0]), 40_000, Stream.TARGET)
+    bits = noise.row_bits(noise.keys([9]), mx.array([0]), 40_000, Purpose.TARGET)
     draws = np.sort(np.exp(np.array(noise.log_exponential(bits))[0]))
     law = 1 - np.exp(-draws)
     steps = np.arange(1, draws.size + 1) / draws.size

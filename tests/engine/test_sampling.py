@@ -12,7 +12,7 @@ from mlx_mtp_backend import noise
 from mlx_mtp_backend import sampling as module
 from mlx_mtp_backend.api import Sampling
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.noise import Stream
+from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.sampling import Law, candidates, choose, transform
 
 
@@ -101,20 +101,20 @@ def test_a_wide_nucleus_is_exact_for_the_target_and_cut_for_a_draft():
 
 def test_greedy_takes_the_lowest_of_equal_logits():
     law = transform(mx.array([[0.0, 2.0, 2.0]]), Sampling(0.0))
-    assert choose(law, noise.keys([5]), mx.array([3]), Stream.TARGET).tolist() == [1]
+    assert choose(law, noise.keys([5]), mx.array([3]), Purpose.TARGET).tolist() == [1]
 
 
 def test_an_excluded_token_is_never_drawn():
     law = Law(mx.array([[-math.inf, 0.0, -math.inf, -math.inf]] * 5000))
-    assert set(choose(law, noise.keys([5] * 5000), mx.arange(5000), Stream.TARGET).tolist()) == {1}
+    assert set(choose(law, noise.keys([5] * 5000), mx.arange(5000), Purpose.TARGET).tolist()) == {1}
 
 
 def test_a_draw_is_the_same_from_the_dense_and_the_truncated_form():
     logits = mx.random.normal((64, 500), key=mx.random.key(3)) * 4
     law = transform(logits, Sampling(0.8, top_k=30, top_p=0.9))
     keys, positions = noise.keys([11] * 64), mx.arange(64) + 7
-    dense = choose(Law(law.dense(500)), keys, positions, Stream.TARGET)
-    assert mx.array_equal(choose(law, keys, positions, Stream.TARGET), dense)
+    dense = choose(Law(law.dense(500)), keys, positions, Purpose.TARGET)
+    assert mx.array_equal(choose(law, keys, positions, Purpose.TARGET), dense)
 
 
 @pytest.mark.parametrize(
