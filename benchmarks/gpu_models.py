@@ -1,7 +1,7 @@
 """Models of the true Qwen3.5 shapes with random 4-bit weights, made on the device.
 
 No projection is skipped. Packed weights are random bits; scales make every projection keep its input's size, so that
-activations stay in range through all layers.
+activations stay in range through all layers; embeddings are of size one, so that greedy tokens depend on the context.
 """
 
 from __future__ import annotations
@@ -88,12 +88,13 @@ def _fill(module: nn.Module) -> None:
         if "scales" not in part:
             continue
         inputs = part.weight.shape[1] * 32 // BITS
-        part.weight = mx.random.randint(0, 1 << 30, part.weight.shape).astype(mx.uint32) * 4 + mx.random.randint(
-            0, 4, part.weight.shape
-        ).astype(mx.uint32)
+        # Two halves: randint draws through float32, which leaves the low bits of a wider range empty.
+        high, low = (mx.random.randint(0, 1 << 16, part.weight.shape).astype(mx.uint32) for _ in range(2))
+        part.weight = high * 65_536 + low
         # Values 0..15 about 7.5 have a standard deviation of 4.6.
         spread = mx.random.uniform(0.8, 1.2, part.scales.shape)
-        part.scales = (spread * inputs**-0.5 / 4.6).astype(mx.bfloat16)
+        size = 1.0 if isinstance(part, nn.QuantizedEmbedding) else inputs**-0.5
+        part.scales = (spread * size / 4.6).astype(mx.bfloat16)
         part.biases = (-7.5 * part.scales.astype(mx.float32)).astype(mx.bfloat16)
         mx.eval(part.parameters())
     mx.eval(module.parameters())

@@ -21,6 +21,7 @@ from .launch import platform
 log = logging.getLogger(__name__)
 
 CHECK_ROWS = 8
+FALLBACK = "fallback"
 _TOLERANCE = {mx.bfloat16: 1e-2, mx.float16: 2e-3}
 
 Run = Callable[..., Any]
@@ -90,15 +91,15 @@ class Registry:
     def resolve(self, case: Case) -> Run:
         """The implementation to call for this case: a checked kernel, or the fallback."""
         key = f"{case.kernel}:{case.version}:{case.dtype}:{case.shape}:{device_name()}:{mx.__version__}"
-        choice = self._choices.get(key) or self._from_store(key) or self._check(case)
+        choice = self._choices.get(key) or self._from_store(key) or check(case)
         self._choices[key] = choice
         self._save(key, choice)
-        return case.fallback if choice.implementation == "fallback" else case.launches[choice.implementation]
+        return case.fallback if choice.implementation == FALLBACK else case.launches[choice.implementation]
 
     @property
     def fallbacks(self) -> int:
         """Cases that run their fallback."""
-        return sum(choice.implementation == "fallback" for choice in self._choices.values())
+        return sum(choice.implementation == FALLBACK for choice in self._choices.values())
 
     def status(self) -> dict[str, Any]:
         """What runs and why, ready for JSON."""
@@ -109,28 +110,6 @@ class Registry:
             "fallbacks": self.fallbacks,
             "kernels": [asdict(choice) for choice in self._choices.values()],
         }
-
-    def _check(self, case: Case) -> Choice:
-        here = platform()
-        if here not in case.launches:
-            reason = "no GPU" if here == "cpu" else f"not built for {here}"
-            return Choice(case.kernel, case.version, case.shape, "fallback", reason)
-        try:
-            error, equal = _measure(case, case.launches[here])
-        except (RuntimeError, ValueError) as failure:  # a kernel that does not compile or launch
-            log.warning("kernel %s (%s) failed: %s", case.kernel, case.shape, failure)
-            return Choice(case.kernel, case.version, case.shape, "fallback", f"failed: {str(failure)[:500]}")
-        if not error <= _TOLERANCE[case.dtype]:
-            reason = f"differs from its reference by {error:.1e}"
-        elif not equal:
-            reason = "eight rows differ from one row"
-        else:
-            reason = "checked on this device"
-            if here in case.unproved:
-                reason += "; unproved elsewhere"
-            return Choice(case.kernel, case.version, case.shape, here, reason, error, equal)
-        log.warning("kernel %s (%s) %s", case.kernel, case.shape, reason)
-        return Choice(case.kernel, case.version, case.shape, "fallback", reason, error, equal)
 
     def _from_store(self, key: str) -> Choice | None:
         if platform() == "cpu" or key not in self._stored:
@@ -148,6 +127,30 @@ class Registry:
         temporary.replace(self._cache_file)
 
 
+def check(case: Case, rows: tuple[int, ...] = (1,)) -> Choice:
+    """Runs a case's checks on this device: eight rows together against its reference and against passes of `rows`."""
+    here = platform()
+    if here not in case.launches:
+        reason = "no GPU" if here == "cpu" else f"not built for {here}"
+        return Choice(case.kernel, case.version, case.shape, FALLBACK, reason)
+    try:
+        error, equal = _measure(case, case.launches[here], rows)
+    except (RuntimeError, ValueError) as failure:  # a kernel that does not compile or launch
+        log.warning("kernel %s (%s) failed: %s", case.kernel, case.shape, failure)
+        return Choice(case.kernel, case.version, case.shape, FALLBACK, f"failed: {str(failure)[:500]}")
+    if not error <= _TOLERANCE[case.dtype]:
+        reason = f"differs from its reference by {error:.1e}"
+    elif not equal:
+        reason = "eight rows differ from fewer rows"
+    else:
+        reason = "checked on this device"
+        if here in case.unproved:
+            reason += "; unproved elsewhere"
+        return Choice(case.kernel, case.version, case.shape, here, reason, error, equal)
+    log.warning("kernel %s (%s) %s", case.kernel, case.shape, reason)
+    return Choice(case.kernel, case.version, case.shape, FALLBACK, reason, error, equal)
+
+
 def device_name() -> str:
     """Name of MLX's default device."""
     return str(mx.device_info().get("device_name", "unknown"))
@@ -160,13 +163,14 @@ def relative_error(got: mx.array, want: mx.array) -> float:
     return error if error == error else float("inf")
 
 
-def _measure(case: Case, run: Run) -> tuple[float, bool]:
+def _measure(case: Case, run: Run, rows: tuple[int, ...]) -> tuple[float, bool]:
     together = case.probe(run, CHECK_ROWS)
-    alone = case.probe(run, 1)
     wanted = case.probe(case.reference, CHECK_ROWS)
-    mx.eval(together, alone, wanted)
     error = max(relative_error(got, want) for got, want in zip(together, wanted, strict=True))
-    equal = all(bool(mx.array_equal(a, b).item()) for a, b in zip(together, alone, strict=True))
+    equal = True
+    for count in rows:
+        fewer = case.probe(run, count)
+        equal = equal and all(bool(mx.array_equal(a, b).item()) for a, b in zip(together, fewer, strict=True))
     return error, equal
 
 

@@ -226,7 +226,7 @@ class FusedQwen35(Qwen35):
         model = stock.text.model
         self._dtype = model.norm.weight.dtype
         build = partial(fused_layer, dtype=self._dtype, registry=registry)
-        self._layers = [build(layer) for layer in model.layers]
+        self.layers: list[FusedDelta | FusedAttention] = [build(layer) for layer in model.layers]
         output = model.embed_tokens if stock.text.args.tie_word_embeddings else stock.text.lm_head
         self._output = product(registry, [output], self._dtype)
         self._head_layers: list[FusedDelta | FusedAttention] = []
@@ -242,7 +242,7 @@ class FusedQwen35(Qwen35):
             FusedDeltaCache(layer.weights, layer.run, self._dtype)
             if isinstance(layer, FusedDelta)
             else FusedKVCache(layer.shape.kv_heads, self._dtype)
-            for layer in self._layers
+            for layer in self.layers
         ]
 
     def head_caches(self) -> list[LayerCache]:
@@ -258,7 +258,7 @@ class FusedQwen35(Qwen35):
         """Prefill: stock operations, but for the recurrence, which off Metal they run row by row."""
         _settle(segments)
         x = self.text.model.embed_tokens(tokens)[None]
-        for index, (layer, stock) in enumerate(zip(self._layers, self.text.model.layers, strict=True)):
+        for index, (layer, stock) in enumerate(zip(self.layers, self.text.model.layers, strict=True)):
             if isinstance(layer, FusedDelta):
                 x = x + layer.many_rows(stock, stock.input_layernorm(x), [s.caches[index] for s in segments], segments)
                 x = x + stock.mlp(stock.post_attention_layernorm(x))
@@ -281,7 +281,7 @@ class FusedQwen35(Qwen35):
 
     def _trunk_rows(self, rows: tuple[int, ...], states: list[list[Arrays]], tokens: mx.array) -> Any:
         x = self.text.model.embed_tokens(tokens)
-        x, after = _through(self._layers, x, states, rows)
+        x, after = _through(self.layers, x, states, rows)
         return x, self.text.model.norm(x), after
 
     def _head_rows(self, rows: tuple[int, ...], states: list[list[Arrays]], tokens: mx.array, carried: mx.array) -> Any:
@@ -299,7 +299,7 @@ class FusedQwen35(Qwen35):
         if (name, rows) not in self._compiled:
             whole = partial(build, rows)
             self._compiled[name, rows] = mx.compile(whole) if self._compilable else whole
-        states = [_states(segment) for segment in segments]
+        states = [pass_states(segment) for segment in segments]
         before, normed, after = self._compiled[name, rows](states, *inputs)
         for index, segment in enumerate(segments):
             for cache, layer in zip(segment.caches, after, strict=True):
@@ -320,7 +320,7 @@ def _through(
     return x, after
 
 
-def _states(segment: Segment) -> list[Arrays]:
+def pass_states(segment: Segment) -> list[Arrays]:
     """What each layer's cache gives the pass; layers share the small arrays that say where they are."""
     shared: dict[tuple[int, ...], mx.array] = {}  # ids are safe as keys: the caches hold the arrays
 

@@ -155,7 +155,7 @@ class FusedKVCache(KVCache):
     def settle(self) -> None:
         """Move the tail's rows into the long buffer; waits for a count that is still on the device."""
         if self._start is not None:
-            self.offset = int((self._start[1] + self._since).item())
+            self.offset = self._start.tolist()[1] + _host(self._since)
             self._start, self._since = None, 0
         tail, self._tail = self._tail, None
         count = self.offset - self._base
@@ -169,4 +169,4 @@ class FusedKVCache(KVCache):
 
 
 def _host(count: int | mx.array) -> int:
-    return count if isinstance(count, int) else int(count.item())
+    return count if isinstance(count, int) else int(count.tolist()[0])

@@ -68,8 +68,8 @@ def gated_delta(
         raise ValueError(reason)
     body = f"""
   gated_delta::run<{CUDA_TYPES[fresh.dtype]}, {str(settle).lower()}>(fresh, kept, keep, window, state,
-      conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, fresh_shape[0], {weights.value_heads}, {weights.key_heads},
-      {weights.eps!r}f);
+      conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, fresh_shape[0],
+      {weights.value_heads}, {weights.key_heads}, {weights.eps!r}f);
 """
     kernel = cuda_launch(
         "gated_delta",

@@ -1,0 +1,297 @@
+"""GPU benchmark of the Qwen3.5 step: `python benchmarks/gpu.py [27b] [4b] [--output FILE]`; offline, one NVIDIA GPU.
+
+Every figure is taken in this one run; ratios compare runs of this process on the same weights. Acceptance is imposed
+(see gpu_rounds); tokens of the MTP runs are compared with the plain run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+# MLX sends work to the GPU in graphs of bounded size; weights this large would cut them every few kernels. Read once.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "60")
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mtp_kernels.few_row_matmul import Matrix, few_row_matmul  # noqa: E402
+from mtp_kernels.registry import Registry  # noqa: E402
+
+from benchmarks import gpu_rounds  # noqa: E402
+from benchmarks.gpu_breakdown import breakdown, launches  # noqa: E402
+from benchmarks.gpu_models import SHAPES, Shape, build, weight_bytes  # noqa: E402
+from mlx_mtp_backend.cache import begin, commit  # noqa: E402
+from mlx_mtp_backend.families.base import Segment  # noqa: E402
+from mlx_mtp_backend.families.qwen3_5 import Qwen35  # noqa: E402
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35  # noqa: E402
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedKVCache  # noqa: E402
+
+CONTEXT = 512
+ACCEPTANCE = (0.85, 0.72, 0.61, 0.52, 0.44)  # of draft i and all before it; the first three are the reference law
+PLAIN_STEPS, ROUNDS, PREFILL = 64, 48, 4096
+
+
+def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall time of `run`, which evaluates what it builds; two warm-up calls."""
+    run(), run()
+    times = []
+    for _ in range(repeats):
+        mx.synchronize()
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus written each second by a device copy of 2 GiB (negation, which MLX cannot elide)."""
+    source = mx.random.uniform(shape=(1 << 30,)).astype(mx.bfloat16)
+    mx.eval(source)
+    return 2 * source.nbytes / median_seconds(lambda: mx.eval(-source))
+
+
+def qmm4_speedup() -> dict[str, float]:
+    """Four rows, K = 5120, N = 17408, 4 bits: stock over ours, each as a compiled chain over eight weight copies."""
+    matrices = []
+    for _ in range(8):
+        packed = mx.quantize(mx.random.normal((17408, 5120), scale=0.01).astype(mx.bfloat16), group_size=64, bits=4)
+        mx.eval(packed)
+        matrices.append(Matrix(*packed, 4, 64))
+    x = mx.random.normal((4, 5120)).astype(mx.bfloat16)
+    start = mx.zeros((4, 17408), mx.bfloat16)
+
+    def ours(y: mx.array) -> mx.array:
+        for index in range(40):
+            y = few_row_matmul(x, [matrices[index % 8]], residual=y)
+        return y
+
+    def stock(y: mx.array) -> mx.array:
+        for index in range(40):
+            m = matrices[index % 8]
+            y = y + mx.quantized_matmul(x, m.weight, m.scales, m.biases, True, 64, 4)
+        return y
+
+    seconds = {}
+    for name, chain in (("ours", mx.compile(ours)), ("stock", mx.compile(stock))):
+        seconds[name] = median_seconds(lambda chain=chain: mx.eval(chain(start))) / 40
+    return {"ours_us": seconds["ours"] * 1e6, "stock_us": seconds["stock"] * 1e6}
+
+
+def stock_step(model: Qwen35, sequence: gpu_rounds.Prefilled, steps: int = 24) -> float:
+    """Seconds of mlx-lm's greedy step from a prefilled sequence, each built while the one before runs."""
+    cache = model.text.make_cache()
+    for layer, ours in zip(cache, sequence.trunk, strict=True):
+        if isinstance(ours, FusedKVCache):
+            ours.settle()
+            keys, values = ours.arrays
+            layer.update_and_fetch(keys[..., : ours.offset, :], values[..., : ours.offset, :])
+        else:
+            recurrent, window, _ = ours.arrays
+            layer[0], layer[1] = mx.expand_dims(window, 0), mx.expand_dims(recurrent, 0)
+    token = sequence.following
+    for count in (4, steps):
+        mx.synchronize()
+        started = time.perf_counter()
+        for _ in range(count):
+            token = mx.argmax(model.text(token[None], cache=cache)[:, -1], axis=-1)
+            mx.async_eval(token)
+        mx.eval(token)
+    return (time.perf_counter() - started) / steps
+
+
+def stock_prefill(model: Qwen35, prompt: mx.array) -> float:
+    """Seconds of mlx-lm for the prompt, in its chunks of 2,048, last logits included."""
+    cache = model.text.make_cache()
+    mx.synchronize()
+    started = time.perf_counter()
+    for first in range(0, prompt.shape[0], 2048):
+        logits = model.text(prompt[None, first : first + 2048], cache=cache)
+        mx.eval(logits[:, -1], [c.state for c in cache])
+    return time.perf_counter() - started
+
+
+def our_prefill(model: FusedQwen35, prompt: mx.array) -> float:
+    """Seconds for the prompt in chunks of 2,048, last logits included; the second of two runs."""
+    for _ in range(2):
+        caches = model.trunk_caches()
+        mx.synchronize()
+        started = time.perf_counter()
+        for first in range(0, prompt.shape[0], 2048):
+            part = prompt[first : first + 2048]
+            begin(caches)
+            hidden = model.trunk(part, [Segment(caches, part.shape[0])])
+            commit(caches, part.shape[0])
+            mx.eval(model.logits(hidden.normed[-1:]), [c.arrays for c in caches])
+    return time.perf_counter() - started
+
+
+def rows_bit_equal(model: FusedQwen35, prompt: mx.array) -> bool:
+    """Whether eight rows in one pass have the logits, bit for bit, of eight passes of one row."""
+    together, alone = gpu_rounds.prefill(model, prompt), gpu_rounds.prefill(model, prompt)
+    rows = prompt[:8]
+    begin(together.trunk)
+    wanted = model.logits(model.trunk(rows, [Segment(together.trunk, 8)]).normed)
+    single = []
+    for index in range(8):
+        begin(alone.trunk)
+        single.append(model.logits(model.trunk(rows[index : index + 1], [Segment(alone.trunk, 1)]).normed))
+        commit(alone.trunk, 1)
+    return bool(mx.array_equal(wanted, mx.concatenate(single)).item())
+
+
+def verify_seconds(model: FusedQwen35, prompt: mx.array, rows: int, steps: int = 32) -> float:
+    """Seconds of one pass of `rows` rows with logits and argmax, of which one row is kept, passes queued ahead."""
+    sequence = gpu_rounds.prefill(model, prompt)
+    tokens = mx.broadcast_to(sequence.following, (rows,))
+
+    def passes(count: int) -> None:
+        nonlocal tokens
+        for _ in range(count):
+            begin(sequence.trunk)
+            hidden = model.trunk(tokens, [Segment(sequence.trunk, rows)])
+            commit(sequence.trunk, 1)
+            tokens = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
+            mx.async_eval(tokens)
+        mx.eval(tokens)
+
+    return median_seconds(lambda: passes(steps), repeats=3) / steps
+
+
+def head_seconds(model: FusedQwen35, prompt: mx.array, steps: int = 32) -> float:
+    """Seconds of one head step with logits and argmax, steps queued ahead."""
+    sequence = gpu_rounds.prefill(model, prompt)
+    token, carried = sequence.following, sequence.carried
+
+    def passes() -> None:
+        nonlocal token, carried
+        for _ in range(steps):
+            begin(sequence.head)
+            hidden = model.head(token, carried, [Segment(sequence.head, 1)])
+            commit(sequence.head, 1)
+            token, carried = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32), hidden.carried
+            mx.async_eval(token)
+        mx.eval(token)
+
+    return median_seconds(passes, repeats=3) / steps
+
+
+def mtp(model: FusedQwen35, prompt: mx.array) -> dict[str, Any]:
+    """Plain and MTP rates at each depth, on one continuation."""
+    gpu_rounds.plain(model, gpu_rounds.prefill(model, prompt), 4)
+    runs = [gpu_rounds.plain(model, gpu_rounds.prefill(model, prompt), ROUNDS * 5) for _ in range(2)]
+    seconds, continuation = min(runs)
+    rates: dict[str, Any] = {"plain_tokens_per_second": ROUNDS * 5 / seconds, "depth": {}}
+    for depth in (3, 1, 2, 4):
+        law = ACCEPTANCE[:depth]
+        gpu_rounds.run(model, gpu_rounds.prefill(model, prompt), continuation, law, 4)
+        result = gpu_rounds.run(model, gpu_rounds.prefill(model, prompt), continuation, law, ROUNDS)
+        rates["depth"][depth] = {
+            "tokens_per_second": result.tokens_per_second,
+            "tokens_per_round": result.tokens / result.rounds,
+            "round_ms": result.seconds / result.rounds * 1e3,
+            "equal_plain": result.equal_plain,
+        }
+    return rates
+
+
+def measure(shape: Shape, registry: Registry, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """All measurements of one shape into `report`, saved as they come."""
+    stock = build(shape)
+    held = sum(a.nbytes for m in (stock.text, stock.mtp) for _, a in tree_flatten(m.parameters()))
+    prompt = mx.random.randint(0, 248_000, (PREFILL,), key=mx.random.key(7)).astype(mx.int32)
+    started = time.perf_counter()
+    model = FusedQwen35(stock, registry)
+    report |= {"weights_read_bytes": weight_bytes(stock), "checks_seconds": time.perf_counter() - started}
+    short = prompt[:CONTEXT]
+    mx.clear_cache()
+    mx.reset_peak_memory()
+
+    def note(name: str, value: Any) -> None:
+        report[name] = value
+        save()
+        print(f"{shape.name} {name}: {value}", flush=True)
+
+    note("rows_bit_equal", rows_bit_equal(model, short))
+    note("mtp", mtp(model, short))
+    note("step_ms", {rows: verify_seconds(model, short, rows) * 1e3 for rows in (1, 2, 4, 6, 8)})
+    note("head_step_ms", head_seconds(model, short) * 1e3)
+    note("decode_peak_over_weights", mx.get_peak_memory() / held)
+    note("mlx_lm_step_ms", stock_step(stock, gpu_rounds.prefill(model, short)) * 1e3)
+    mx.reset_peak_memory()
+    note("prefill_seconds", our_prefill(model, prompt))
+    note("prefill_peak_over_weights", mx.get_peak_memory() / held)
+    note("launches", launches(model, gpu_rounds.prefill(model, short)))
+    note("breakdown_us", breakdown(model, gpu_rounds.prefill(model, short)))
+    note("mlx_lm_prefill_seconds", stock_prefill(stock, prompt))
+
+
+def figures(report: dict[str, Any], bandwidth: float) -> dict[str, float]:
+    """The ratios that the project holds itself to."""
+    step, rates = report["step_ms"], report["mtp"]
+    at_three = rates["depth"][3]["tokens_per_second"]
+    return {
+        "plain_over_mlx_lm": step[1] / report["mlx_lm_step_ms"],
+        "verify4_over_plain": step[4] / step[1],
+        "bandwidth_share": report["weights_read_bytes"] / (step[1] * 1e-3) / bandwidth,
+        "plain_tokens_per_second": rates["plain_tokens_per_second"],
+        "mtp_tokens_per_second": at_three,
+        "mtp_over_plain": at_three / rates["plain_tokens_per_second"],
+        "best_depth": max(rates["depth"], key=lambda depth: rates["depth"][depth]["tokens_per_second"]),
+        "prefill_over_mlx_lm": report["mlx_lm_prefill_seconds"] / report["prefill_seconds"],
+        "memory_over_weights": report["decode_peak_over_weights"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=["27b", "4b"], choices=[*SHAPES, []])
+    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<device>-<date>.json")
+    args = parser.parse_args()
+    if not mx.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU and MLX's CUDA backend")
+    device = str(mx.device_info()["device_name"])
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    output = args.output or ROOT / "benchmarks/results" / f"{device.replace(' ', '-').lower()}-{today}.json"
+    registry, bandwidth, pair = Registry(), copy_bandwidth(), qmm4_speedup()
+    result: dict[str, Any] = {
+        "device": device,
+        "date": today,
+        "mlx": mx.__version__,
+        "python": platform.python_version(),
+        "copy_bandwidth_bytes_per_second": bandwidth,
+        "qmm4": pair,
+        "figures": {"qmm4_speedup": pair["stock_us"] / pair["ours_us"]},
+        "shapes": {},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.shapes:
+        report: dict[str, Any] = {}
+        result["shapes"][name] = report
+
+        def save() -> None:
+            result["kernels"] = registry.status()
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+        measure(SHAPES[name], registry, report, save)
+        report["figures"] = figures(report, bandwidth)
+        if name == "27b":
+            result["figures"] |= report["figures"]
+        save()
+        mx.clear_cache()
+    print(json.dumps(result["figures"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

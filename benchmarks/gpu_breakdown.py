@@ -1,0 +1,89 @@
+"""Where the time of a plain step goes: each kind of launch alone, as a chain over the model's own weights."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mtp_kernels.gated_delta import DeltaState
+
+from benchmarks.gpu_rounds import Prefilled
+from mlx_mtp_backend.cache import begin, commit
+from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.families.qwen3_5_fused import FusedAttention, FusedDelta, FusedQwen35, Product, pass_states
+
+# Nodes of MLX's graph that launch nothing.
+_VIEWS = {
+    "Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Transpose", "Slice", "Broadcast", "Split", "AsStrided",
+}  # fmt: skip
+
+
+def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[str, float]:
+    """Microseconds a step by kind of launch; chains run alone, so their sum need not equal the step."""
+    start = sequence.carried[:1] * mx.ones((rows, 1), sequence.carried.dtype)
+    states = pass_states(Segment(sequence.trunk, rows))
+    deltas = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedDelta)]
+    attentions = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedAttention)]
+
+    def products(x: mx.array, pick: Callable[[FusedDelta | FusedAttention], Product]) -> mx.array:
+        """A chain of one product a layer, tied by one column: what that adds is one small copy a layer."""
+        for layer in model.layers:
+            product = pick(layer)
+            x = product(mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs))))
+        return x
+
+    def recurrence(x: mx.array) -> mx.array:
+        for layer, (recurrent, window, pending, keep) in deltas:
+            fresh = mx.broadcast_to(pending[:1], (rows, pending.shape[1])) + x[:, :1]
+            x, _, _ = layer.run(fresh, DeltaState(recurrent, window, pending), keep, layer.weights)
+        return x
+
+    def attention(x: mx.array) -> mx.array:
+        for layer, (keys, values, tail, position) in attentions:
+            own = mx.zeros((rows, layer.shape.width), x.dtype) + x[:, :1]
+            queries, tail = layer.prepare(own, tail, position, layer.shape)
+            x = layer.attend(queries, keys, values, tail, position, own)
+        return x
+
+    chains = {
+        "projections in": lambda x: products(x, lambda layer: layer.enter),
+        "projections out": lambda x: products(x, lambda layer: layer.leave),
+        "gate, up, SwiGLU": lambda x: products(x, lambda layer: layer.mlp.enter),
+        "down": lambda x: products(x, lambda layer: layer.mlp.leave),
+        "Gated DeltaNet": recurrence,
+        "attention": attention,
+        "output matrix": model.logits,
+    }
+    return {name: _microseconds(mx.compile(chain), start) for name, chain in chains.items()}
+
+
+def launches(model: FusedQwen35, sequence: Prefilled) -> dict[str, int]:
+    """Nodes that launch something, in the graph of a plain step and of a verify pass of four rows."""
+    counts = {}
+    for name, rows in (("plain step", 1), ("verify of 4 rows", 4)):
+        begin(sequence.trunk)
+        hidden = model.trunk(mx.broadcast_to(sequence.following, (rows,)), [Segment(sequence.trunk, rows)])
+        token = mx.argmax(model.logits(hidden.normed), axis=-1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "graph.dot"
+            mx.export_to_dot(str(path), token)
+            nodes = re.findall(r'label ="(\w+)", shape=rectangle', path.read_text(encoding="utf-8"))
+        counts[name] = sum(node not in _VIEWS for node in nodes)
+        commit(sequence.trunk, 0)
+    return counts
+
+
+def _microseconds(chain: Callable[[mx.array], mx.array], x: mx.array, repeats: int = 7) -> float:
+    mx.eval(chain(x))
+    times = []
+    for _ in range(repeats):
+        mx.synchronize()
+        started = time.perf_counter()
+        mx.eval(chain(x))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6

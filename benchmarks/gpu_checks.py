@@ -1,0 +1,104 @@
+"""Property tests of every kernel on this GPU: `python benchmarks/gpu_checks.py`. Exits 1 when one fails.
+
+Fresh random inputs, a few hundred output features that fill no last tile, several matrices in a launch. Each case is
+compared with its reference, and rows in passes of 1, 3 and 5 with rows in a pass of 8, bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import mlx.core as mx  # noqa: E402
+from mtp_kernels.attention_inputs import AttentionShape  # noqa: E402
+from mtp_kernels.attention_inputs.probe import case as inputs_case  # noqa: E402
+from mtp_kernels.few_row_attention.probe import case as attention_case  # noqa: E402
+from mtp_kernels.few_row_matmul import Matrix  # noqa: E402
+from mtp_kernels.few_row_matmul.probe import case as matmul_case  # noqa: E402
+from mtp_kernels.gated_delta import DeltaWeights  # noqa: E402
+from mtp_kernels.gated_delta.probe import case as delta_case  # noqa: E402
+from mtp_kernels.registry import Case, check  # noqa: E402
+
+FORMATS = [(4, 64), (4, 32), (4, 128), (8, 64), (8, 32), (8, 128), (16, 0)]
+
+
+def matrix(features: int, inputs: int, bits: int, group: int, dtype: mx.Dtype) -> Matrix:
+    """Random weights of standard deviation inputs ** -0.5."""
+    weight = mx.random.normal((features, inputs), scale=inputs**-0.5).astype(dtype)
+    if bits == 16:
+        return Matrix(weight)
+    return Matrix(*mx.quantize(weight, group_size=group, bits=bits), bits, group)
+
+
+def delta(value_heads: int, key_heads: int, dtype: mx.Dtype) -> Case:
+    """A Gated DeltaNet layer of random small tensors."""
+    channels = (2 * key_heads + value_heads) * 128
+    weights = DeltaWeights(
+        conv=mx.random.normal((channels, 4), scale=0.5).astype(dtype),
+        a_log=mx.random.normal((value_heads,)),
+        dt_bias=mx.random.normal((value_heads,)).astype(dtype),
+        norm=mx.random.uniform(0.5, 1.5, (128,)).astype(dtype),
+        key_heads=key_heads,
+        value_heads=value_heads,
+        eps=1e-6,
+    )
+    return delta_case(weights, dtype)
+
+
+def inputs(heads: int, kv_heads: int, rotary: int, dtype: mx.Dtype) -> Case:
+    """An attention layer of random norms."""
+    norms = (mx.random.uniform(0.5, 1.5, (256,)).astype(dtype) for _ in range(2))
+    return inputs_case(AttentionShape(heads, kv_heads, *norms, eps=1e-6, rotary=rotary, theta=1e7), dtype)
+
+
+def cases() -> list[Callable[[], Case]]:
+    """Built one at a time, so that the first results show early."""
+    made: list[Callable[[], Case]] = []
+    for dtype in (mx.bfloat16, mx.float16):
+        made.append(lambda d=dtype: delta(8, 4, d))
+        made.append(lambda d=dtype: inputs(24, 4, 64, d))
+        made.append(lambda d=dtype: attention_case(24, 4, d))
+    for dtype in (mx.bfloat16, mx.float16):
+        for bits, group in FORMATS:
+
+            def normed(b: int = bits, g: int = group, d: mx.Dtype = dtype) -> Case:
+                return matmul_case([matrix(n, 1280, b, g, d) for n in (520, 40)], d, norm=True)
+
+            made.append(normed)
+    for bits, group in ((4, 64), (8, 64)):
+        for shape in ("swiglu", "residual"):
+
+            def fused(b: int = bits, g: int = group, s: str = shape) -> Case:
+                pair = [matrix(520, 2560, b, g, mx.bfloat16) for _ in range(2 if s == "swiglu" else 1)]
+                return matmul_case(pair, mx.bfloat16, **{s: True})
+
+            made.append(fused)
+    return made
+
+
+def main() -> None:
+    if not mx.cuda.is_available():
+        sys.exit("benchmarks/gpu_checks.py needs an NVIDIA GPU and MLX's CUDA backend")
+    mx.random.seed(int.from_bytes(b"mtp"))
+    failed = 0
+    for make in cases():
+        case = make()
+        choice = check(case, rows=(1, 3, 5))
+        good = choice.implementation == "cuda"
+        failed += not good
+        dtype = str(case.dtype).removeprefix("mlx.core.")
+        error = "-" if choice.error is None else f"{choice.error:.1e}"
+        print(
+            f"{'ok  ' if good else 'FAIL'} {case.kernel:18} {dtype:9} {case.shape:42} {error} {choice.reason}",
+            flush=True,
+        )
+    print(f"{failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Greedy MTP rounds with imposed acceptance, accepted on the device.
+
+The drafter runs the real head, then replaces its tokens: by the plain continuation, known from an earlier plain run, or
+by a wrong token where the imposed law says so. So the head's cost is real, acceptance is the one asked for, and the
+tokens must equal the plain run's exactly. Round n + 1 is built before the host has read how many rows round n kept.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp_backend.cache import LayerCache, begin, commit
+from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
+
+
+@dataclass
+class Prefilled:
+    """A prefilled sequence.
+
+    Attributes:
+        trunk, head: its caches.
+        carried: [R, hidden] rows of the newest trunk pass.
+        following: [R] int32, the token after each of those rows.
+        kept: how many of those rows count.
+    """
+
+    trunk: list[LayerCache]
+    head: list[LayerCache]
+    carried: mx.array
+    following: mx.array
+    kept: int | mx.array
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a run of rounds gave: wall seconds, tokens emitted, rounds, and whether tokens equalled the plain run's."""
+
+    seconds: float
+    tokens: int
+    rounds: int
+    equal_plain: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def prefill(model: FusedQwen35, tokens: mx.array) -> Prefilled:
+    """Runs a prompt through trunk and head."""
+    count = tokens.shape[0]
+    trunk, head = model.trunk_caches(), model.head_caches()
+    begin(trunk)
+    hidden = model.trunk(tokens, [Segment(trunk, count)])
+    commit(trunk, count)
+    newest = mx.argmax(model.logits(hidden.normed[-1:]), axis=-1).astype(mx.int32)
+    begin(head)
+    if head:
+        model.head(tokens[1:], hidden.carried[:-1], [Segment(head, count - 1)])
+    commit(head, count - 1)
+    mx.eval([a for cache in [*trunk, *head] for a in cache.arrays])
+    return Prefilled(trunk, head, hidden.carried[-1:], newest, 1)
+
+
+def plain(model: FusedQwen35, sequence: Prefilled, steps: int) -> tuple[float, list[int]]:
+    """Greedy steps, each built while the one before runs: seconds, and the tokens from the newest one on."""
+    token, tokens = sequence.following, [sequence.following]
+    mx.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        begin(sequence.trunk)
+        hidden = model.trunk(token, [Segment(sequence.trunk, 1)])
+        commit(sequence.trunk, 1)
+        token = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
+        mx.async_eval(token)
+        tokens.append(token)
+    mx.eval(token)
+    return time.perf_counter() - started, [int(t.item()) for t in tokens]
+
+
+def _draft(model: FusedQwen35, sequence: Prefilled, depth: int) -> list[mx.array]:
+    """The head's own tokens, [1] each: committed slots with true hiddens first, then one step a draft."""
+    rows = sequence.following.shape[0]
+    begin(sequence.head)
+    hidden = model.head(sequence.following, sequence.carried, [Segment(sequence.head, rows)])
+    commit(sequence.head, sequence.kept)
+    normed, carried = (_row(r, sequence.kept - 1) for r in (hidden.normed, hidden.carried))
+    drafts = [mx.argmax(model.logits(normed), axis=-1).astype(mx.int32)]
+    begin(sequence.head)
+    for _ in range(depth - 1):
+        hidden = model.head(drafts[-1], carried, [Segment(sequence.head, 1)])
+        carried = hidden.carried
+        drafts.append(mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32))
+    commit(sequence.head, 0)
+    return drafts
+
+
+def run(
+    model: FusedQwen35, sequence: Prefilled, continuation: Sequence[int], acceptance: Sequence[float], rounds: int
+) -> Rounds:
+    """Rounds at depth len(acceptance).
+
+    Args:
+        continuation: the plain run's tokens, from the sequence's newest token on; enough for all rounds.
+        acceptance: probability that draft i and all before it are kept.
+    """
+    depth, rng = len(acceptance), random.Random(0)
+    known = mx.array(list(continuation), dtype=mx.int32)
+    right = [mx.array([rng.random() < c for c in _conditional(acceptance)]) for _ in range(rounds)]
+    steps, places = mx.arange(1, depth + 1)[:, None], mx.arange(len(continuation))
+    newest, cursor = sequence.following, mx.array([0])
+    mx.eval(known, right, steps, places, newest, cursor)
+    outputs: list[tuple[mx.array, mx.array]] = []
+    counts: list[int] = []
+    mx.synchronize()
+    started = time.perf_counter()
+    for number in range(rounds):
+        own = mx.concatenate(_draft(model, sequence, depth))
+        true = mx.sum(mx.where(places == cursor + steps, known, 0), axis=1)
+        drafts = mx.where(right[number], true, (true + 1) % model.vocab_size) + own * 0
+        begin(sequence.trunk)
+        hidden = model.trunk(mx.concatenate([newest, drafts]), [Segment(sequence.trunk, depth + 1)])
+        following = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
+        wrong = mx.where(drafts == following[:-1], depth, mx.arange(depth))
+        kept = mx.min(wrong, keepdims=True).astype(mx.int32) + 1
+        commit(sequence.trunk, kept)
+        sequence.carried, sequence.following, sequence.kept = hidden.carried, following, kept
+        newest, cursor = _row(following[:, None], kept - 1)[0], cursor + kept
+        mx.async_eval(newest, cursor, kept)
+        if outputs:  # the only wait: for a round whose successor is already queued
+            counts.append(int(outputs[-1][1].item()))
+        outputs.append((following, kept))
+    counts.append(int(outputs[-1][1].item()))
+    seconds = time.perf_counter() - started
+    emitted = [t for (tokens, _), count in zip(outputs, counts, strict=True) for t in tokens.tolist()[:count]]
+    return Rounds(seconds, len(emitted), rounds, emitted == list(continuation[1 : len(emitted) + 1]))
+
+
+def _row(rows: mx.array, index: int | mx.array) -> mx.array:
+    """rows[index] as [1, width] for an index on the device; a masked sum, which unlike a gather compiles nothing."""
+    picked = mx.arange(rows.shape[0])[:, None] == index
+    return mx.sum(mx.where(picked, rows, mx.zeros_like(rows)), axis=0, keepdims=True)
+
+
+def _conditional(cumulative: Sequence[float]) -> list[float]:
+    """Probability that draft i is kept, given that all before it were."""
+    return [now / before for before, now in zip([1.0, *cumulative], cumulative, strict=False)]
