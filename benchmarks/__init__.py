@@ -1,0 +1,1 @@
+"""Benchmarks: performance is measured here, as ratios within one run, never in tests."""
