@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import EngineOptions, GenerateParams, LoadOptions, LoadProgress
@@ -34,14 +35,18 @@ class EngineStatus:
 class Engine:
     """Starts the one thread that owns MLX and talks to it. Every method may be called from any thread.
 
+    Args:
+        on_end: called on the MLX thread as it ends, whether `close` was called or the thread failed.
+
     Raises:
         EngineError: BLAS_TOO_LATE or BLAS_MISSING, where an interposed BLAS was asked for.
     """
 
-    def __init__(self, options: EngineOptions | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, on_end: Callable[[], None] | None = None) -> None:
         self._options = options or EngineOptions()
         if self._options.interpose_blas:
             blas.interpose()
+        self._on_end = on_end
         self._inbox = Inbox()
         self._board = Board(self._options.max_streams + self._options.max_waiting)
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
@@ -51,7 +56,11 @@ class Engine:
         # Imported here: MLX must not be imported before a BLAS is interposed, nor by callers that only inspect.
         from mlx_mtp_backend.worker import Worker
 
-        Worker(self._options, self._inbox, self._board).run()
+        try:
+            Worker(self._options, self._inbox, self._board).run()
+        finally:
+            if self._on_end is not None:
+                self._on_end()
 
     def load(
         self,
@@ -71,13 +80,13 @@ class Engine:
             if name in self._board.models or name in self._board.loading:
                 raise EngineError(ErrorReason.INVALID_PARAMS, f"{name!r} is loaded or loading already", field="name")
             self._board.loading.add(name)
-            result: Future[LoadedModel] = Future()
+            result: Future[LoadedModel] = _uncancellable()
             self._inbox.put(Load(name, path, options or LoadOptions(), on_progress, result))
         return result
 
     def unload(self, name: str) -> Future[None]:
         """Drop a model; the future holds MODEL_IN_USE while streams need it, MODEL_NOT_LOADED if there is none."""
-        result: Future[None] = Future()
+        result: Future[None] = _uncancellable()
         with self._board.lock:
             self._require_open()
             self._inbox.put(Unload(name, result))
@@ -149,3 +158,10 @@ class Engine:
     def _require_open(self) -> None:
         if self._board.closed:
             raise EngineError(ErrorReason.ENGINE_CLOSED, "the engine is closed")
+
+
+def _uncancellable() -> Future[Any]:
+    """A future whose waiters may leave without ending the work: the MLX thread always gets to set it."""
+    result: Future[Any] = Future()
+    result.set_running_or_notify_cancel()
+    return result

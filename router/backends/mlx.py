@@ -75,8 +75,13 @@ class MlxBackend:
             max_waiting=self._settings.parallel,  # the line stands in front of the engine, in order of priority
             slow_reader_limit=self._settings.slow_reader_limit,
         )
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.call_soon_threadsafe(self._engine_ended)
+
         try:
-            self._engine = await asyncio.to_thread(Engine, options)
+            self._engine = await asyncio.to_thread(Engine, options, ended)
         except EngineError as error:
             logger.error("the MLX engine did not start: %s", error)
             self._offer = Offer(self.kind, "the MLX engine did not start; see the server's log")
@@ -98,12 +103,22 @@ class MlxBackend:
         if engine is not None:
             await asyncio.to_thread(engine.close)
 
+    def _engine_ended(self) -> None:
+        """The engine's thread is gone: nothing more is routed here, and health says so."""
+        if self._engine is None:  # closed on purpose
+            return
+        logger.critical("the MLX engine's thread has ended; no checkpoint can be served until a restart")
+        self._offer = Offer(self.kind, "the MLX engine has failed; see the server's log")
+        self._models.forget()
+        for listener in self._listeners:
+            listener(self.status())
+
     def offer(self) -> Offer:
         """Refuses on a machine without a fast device, unless the settings allow the CPU."""
         return self._offer
 
     def status(self) -> BackendStatus:
-        """DOWN where the engine did not start or should not be used here."""
+        """DOWN where the engine did not start, should not be used here, or has failed."""
         refusal = self._offer.refusal
         return BackendStatus(
             self.name,
@@ -117,7 +132,7 @@ class MlxBackend:
         )
 
     def on_status_change(self, listener: Callable[[BackendStatus], None]) -> None:
-        """The state changes only in `start`; nothing is ever told later."""
+        """Calls `listener` where the engine fails."""
         self._listeners.append(listener)
 
     def model_state(self, model: ModelEntry) -> ModelState:
@@ -210,7 +225,6 @@ class MlxBackend:
         finally:
             stream.cancel()
             known.streams.discard(stream)
-            known.idle.set()
 
     async def _prompt(self, model: ModelEntry, request: GenerationRequest) -> tuple[list[int], ThinkSplitter | None]:
         """Token ids of the prompt, and what tells thinking from answer where the model thinks."""

@@ -18,21 +18,19 @@ from router.domain import ErrorReason, Loading, ModelState, RouterError
 from router.settings import MlxSettings
 
 PROGRESS_INTERVAL = 0.5  # seconds between reports of a load
+UNLOAD_INTERVAL = 0.02  # seconds between looks at streams that were cancelled
 
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A model that was asked for: its load, and the streams that use it.
-
-    `idle` is set whenever a stream ends.
-    """
+    """A model that was asked for: what is being done with it, and the streams that use it."""
 
     loading: asyncio.Task[None] | None = None
+    dropping: asyncio.Task[None] | None = None
     loaded: LoadedModel | None = None
     fraction: float | None = None
     error: RouterError | None = None
     streams: set[Stream] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Residents:
@@ -59,15 +57,25 @@ class Residents:
     def state(self, model: ModelEntry) -> ModelState:
         """Whether it is loaded."""
         known = self._residents.get(model.name, Resident())
+        if known.dropping is not None:
+            return ModelState.UNLOADING
         if known.loaded is not None:
             return ModelState.READY
         if known.loading is not None:
             return ModelState.LOADING
         return ModelState.FAILED if known.error else ModelState.COLD
 
+    def forget(self) -> None:
+        """The engine is gone, and its models with it."""
+        self._residents.clear()
+
     async def load(self, engine: Engine, model: ModelEntry, deadline: float | None) -> AsyncGenerator[Loading, None]:
         """Progress until the model is loaded. Raises RouterError MODEL_LOAD_FAILED, and TimeoutError at `deadline`."""
         known = self.resident(model)
+        while known.dropping is not None:
+            yield Loading()
+            async with asyncio.timeout_at(deadline):
+                await asyncio.wait({known.dropping}, timeout=PROGRESS_INTERVAL)
         if known.loaded is not None:
             return
         if known.loading is None:
@@ -104,28 +112,40 @@ class Residents:
             known.loading = None
 
     async def unload(self, engine: Engine, model: ModelEntry, *, force: bool) -> None:
-        """Drops the model; with `force`, ends its streams first.
+        """Drops the model; with `force`, ends its streams first. Does nothing for one that is not loaded.
 
         Raises:
-            RouterError: CAPABILITY_UNAVAILABLE where it is in use.
+            RouterError: CAPABILITY_UNAVAILABLE where it is in use or being loaded.
         """
-        known = self._residents.get(model.name)
-        if known is None or known.loaded is None:
+        known = self.resident(model)
+        if known.loading is not None:
+            raise _in_use(model, "it is being loaded")
+        if known.loaded is None:
             return
         if known.streams and not force:
-            raise _in_use(model, len(known.streams))
-        for stream in known.streams:
-            stream.cancel()
-        while known.streams:
-            known.idle.clear()
-            await known.idle.wait()
+            raise _in_use(model, f"{len(known.streams)} requests use it")
+        if known.dropping is None:
+            known.dropping = asyncio.create_task(self._drop(engine, model, known), name=f"unload {model.name}")
+        await asyncio.shield(known.dropping)  # goes on though the caller leaves
+
+    async def _drop(self, engine: Engine, model: ModelEntry, known: Resident) -> None:
+        """Cancels the model's streams until the engine has let go of it; meanwhile new requests wait in `load`."""
         try:
-            await asyncio.wrap_future(engine.unload(model.name))
-        except EngineError as error:
-            if error.reason is EngineReason.MODEL_IN_USE:
-                raise _in_use(model, 1) from None
-            raise router_error(error, model.name) from None
-        known.loaded = None
+            while known.loaded is not None:
+                for stream in known.streams:
+                    stream.cancel()
+                try:
+                    await asyncio.wrap_future(engine.unload(model.name))
+                    known.loaded = None
+                except EngineError as error:
+                    if error.reason is EngineReason.MODEL_NOT_LOADED:
+                        known.loaded = None
+                    elif error.reason is not EngineReason.MODEL_IN_USE:
+                        raise router_error(error, model.name) from None
+                    await asyncio.sleep(UNLOAD_INTERVAL)  # a cancelled stream leaves within one round
+            self._texts.pop(model.name, None)  # the files may be others the next time
+        finally:
+            known.dropping = None
 
     async def text(self, model: ModelEntry) -> ModelText:
         """Tokenizer and template, read once; loads no weights. Raises RouterError MODEL_LOAD_FAILED."""
@@ -144,9 +164,9 @@ class Residents:
         return self._texts[model.name]
 
 
-def _in_use(model: ModelEntry, count: int) -> RouterError:
+def _in_use(model: ModelEntry, why: str) -> RouterError:
     return RouterError(
         ErrorReason.CAPABILITY_UNAVAILABLE,
-        f"{count} requests use model {model.name!r}",
-        metadata={"model": model.name, "requests": str(count)},
+        f"model {model.name!r} cannot be unloaded: {why}",
+        metadata={"model": model.name, "why": why},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mtp_router.generate import v1
 
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.backends.mlx import MlxBackend
@@ -225,6 +226,35 @@ async def test_loading_and_unloading(client: AsyncClient) -> None:
             await anext(iterator)
     assert caught.value.reason == "BACKEND_UNAVAILABLE"
     await text_of(client, "random")  # loads again
+
+
+async def test_an_abandoned_unload_harms_nothing(client: AsyncClient) -> None:
+    for _ in range(10):
+        await text_of(client, "random", max_output_tokens=2)
+        with contextlib.suppress(RouterCallError):
+            await client.unload("random", deadline=0.002)
+    await text_of(client, "random")
+    await asyncio.gather(*(client.unload("random") for _ in range(3)))  # all succeed: the model is cold
+    assert (await client.get_model("random")).state == v1.MODEL_STATE_COLD
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_dies_is_told(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    await text_of(client, "random")
+
+    def broken(self: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("mlx_mtp_backend.worker.Worker._reap", broken)
+    with pytest.raises(RouterCallError):
+        await text_of(client, "random")
+    async with asyncio.timeout(5):
+        while (await client.list_backends())[0].state != v1.BACKEND_STATE_DOWN:
+            await asyncio.sleep(0.02)
+    with pytest.raises(RouterCallError) as caught:
+        await text_of(client, "random")
+    assert caught.value.reason == "BACKEND_UNAVAILABLE"
+    assert (await client.get_model("random")).state == v1.MODEL_STATE_FAILED
 
 
 async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:
