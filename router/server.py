@@ -74,7 +74,7 @@ class RouterServer:
         self._settings = settings
         self._dispatcher = Dispatcher(catalog, backends)
         self._health = health.aio.HealthServicer()
-        self._generate = GenerateService(self._dispatcher, settings.default_deadline)
+        self._generate = GenerateService(self._dispatcher, settings.default_deadline, settings.slow_reader_limit)
         self._server = grpc.aio.server(
             options=channel_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_calls
         )

@@ -64,6 +64,7 @@ class ServerSettings(_Table):
         10.0, ge=1.0, description="seconds between client keepalive pings that are allowed"
     )
     drain_grace: float = Field(30.0, ge=0.0, description="seconds that running calls get after SIGTERM")
+    slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds that an event of a stream may wait unread")
     default_deadline: float = Field(600.0, gt=0.0, description="seconds for a call that comes without a deadline")
 
     @model_validator(mode="after")

@@ -30,11 +30,13 @@ class GenerateService(v1.GenerateServiceServicer):
     Args:
         dispatcher: sends requests to backends.
         default_deadline: seconds for a call that comes without a deadline.
+        slow_reader_limit: seconds that an event may wait for its reader.
     """
 
-    def __init__(self, dispatcher: Dispatcher, default_deadline: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, default_deadline: float, slow_reader_limit: float) -> None:
         self._dispatcher = dispatcher
         self._default_deadline = default_deadline
+        self._slow_reader_limit = slow_reader_limit
         self._draining = False
         self._calls: set[asyncio.Task[Any]] = set()
 
@@ -80,7 +82,7 @@ class GenerateService(v1.GenerateServiceServicer):
                     response = v1.StreamGenerateResponse(progress=render.progress(event))
                 else:
                     continue
-                await context.write(response)
+                await self._send(context, response)
 
     @reports_errors
     async def CountTokens(self, request: v1.CountTokensRequest, context: Context) -> v1.CountTokensResponse:
@@ -91,6 +93,18 @@ class GenerateService(v1.GenerateServiceServicer):
         return v1.CountTokensResponse(
             model=route.model, prompt_tokens=count.prompt_tokens, context_length=count.context_length
         )
+
+    async def _send(self, context: Context, response: v1.StreamGenerateResponse) -> None:
+        """Writes one event. A caller that stops reading must not hold a backend's place until its own deadline."""
+        try:
+            async with asyncio.timeout(self._slow_reader_limit):
+                await context.write(response)
+        except TimeoutError:
+            raise RouterError(
+                ErrorReason.SLOW_CONSUMER,
+                f"the stream was not read for {self._slow_reader_limit:g} s; the answer is incomplete",
+                metadata={"slow_reader_limit": f"{self._slow_reader_limit:g}"},
+            ) from None
 
     def _parse(self, wire: v1.GenerationInput) -> Any:
         if not wire.model:

@@ -224,6 +224,19 @@ async def test_a_call_without_deadline_gets_the_default(start_server) -> None:  
     assert backend.running == 0
 
 
+async def test_a_reader_that_stops_is_cut_off(start_server) -> None:  # type: ignore[no-untyped-def]
+    backend = ScriptedBackend([Started(), *[Delta("x" * 60_000)] * 1000, FINISHED])
+    _, channel = await start_server(backend, slow_reader_limit=0.3)
+    call = stream(channel)
+    await call.read()
+    async with asyncio.timeout(10):
+        while backend.running:
+            await asyncio.sleep(0.05)
+    error, details = await failure(call)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details["ErrorInfo"].reason == "SLOW_CONSUMER"
+
+
 async def test_required_speculation_without_a_head(start_server) -> None:  # type: ignore[no-untyped-def]
     _, channel = await start_server()
     required = v1.Speculation(mode=v1.SPECULATION_MODE_REQUIRED)
