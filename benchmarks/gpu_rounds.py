@@ -78,6 +78,7 @@ def plain(model: FusedQwen35, sequence: Prefilled, steps: int) -> tuple[float, l
         commit(sequence.trunk, 1)
         token = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
         mx.async_eval(token)
+        mx.eval(tokens[-1])  # one step ahead, as a server would be
         tokens.append(token)
     mx.eval(token)
     return time.perf_counter() - started, [int(t.item()) for t in tokens]

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 
@@ -56,7 +56,7 @@ def cuda_launch(
     the name carries that figure too.
     """
     digest = version_of(header, body, ",".join(inputs), ",".join(outputs), str(shared_memory))
-    kernel: Launch = mx.fast.cuda_kernel(
+    kernel = mx.fast.cuda_kernel(
         name=f"mtp_{name}_{digest}",
         input_names=list(inputs),
         output_names=list(outputs),
@@ -64,7 +64,12 @@ def cuda_launch(
         header=header,
         shared_memory=shared_memory,
     )
-    return kernel
+    return cast(Launch, kernel)
+
+
+def host_ints(array: mx.array) -> list[int]:
+    """The integers of a one-dimensional array, evaluated."""
+    return cast(list[int], array.tolist())
 
 
 @functools.cache

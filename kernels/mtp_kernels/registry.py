@@ -11,8 +11,9 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 CHECK_ROWS = 8
 FALLBACK = "fallback"
 _TOLERANCE = {mx.bfloat16: 1e-2, mx.float16: 2e-3}
+
+MLX_VERSION = version("mlx")
 
 Run = Callable[..., Any]
 
@@ -90,7 +93,7 @@ class Registry:
 
     def resolve(self, case: Case) -> Run:
         """The implementation to call for this case: a checked kernel, or the fallback."""
-        key = f"{case.kernel}:{case.version}:{case.dtype}:{case.shape}:{device_name()}:{mx.__version__}"
+        key = f"{case.kernel}:{case.version}:{case.dtype}:{case.shape}:{device_name()}:{MLX_VERSION}"
         choice = self._choices.get(key) or self._from_store(key) or check(case)
         self._choices[key] = choice
         self._save(key, choice)
@@ -106,7 +109,7 @@ class Registry:
         return {
             "platform": platform(),
             "device": device_name(),
-            "mlx": mx.__version__,
+            "mlx": MLX_VERSION,
             "fallbacks": self.fallbacks,
             "kernels": [asdict(choice) for choice in self._choices.values()],
         }
@@ -159,8 +162,8 @@ def device_name() -> str:
 def relative_error(got: mx.array, want: mx.array) -> float:
     """Norm of the difference over norm of `want`; infinite when `got` holds a NaN."""
     got, want = got.astype(mx.float32), want.astype(mx.float32)
-    error = float((mx.linalg.norm((got - want).flatten()) / (mx.linalg.norm(want.flatten()) + 1e-30)).item())
-    return error if error == error else float("inf")
+    error = mx.linalg.norm((got - want).flatten()) / (mx.linalg.norm(want.flatten()) + 1e-30)
+    return cast(float, mx.where(mx.isnan(error), mx.inf, error).item())
 
 
 def _measure(case: Case, run: Run, rows: tuple[int, ...]) -> tuple[float, bool]:

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.positional_encoding import RoPE
 from mlx_lm.models.qwen3_5 import DecoderLayer, GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextAttention
 from mtp_kernels import attention_inputs as inputs_kernel
@@ -23,6 +25,7 @@ from mtp_kernels.attention_inputs.probe import case as inputs_case
 from mtp_kernels.few_row_attention.probe import case as attention_case
 from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
+from mtp_kernels.launch import platform
 from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import Norm
@@ -42,7 +45,7 @@ class Unsupported(Exception):
     """This model cannot run through the kernels; the text says why."""
 
 
-def matrix_of(linear: nn.Module) -> matmul_kernel.Matrix:
+def matrix_of(linear: Module) -> matmul_kernel.Matrix:
     """The weights of an mlx-lm linear layer or (quantised) embedding.
 
     Raises:
@@ -73,9 +76,9 @@ class Product:
 
 def product(
     registry: Registry,
-    linears: Sequence[nn.Module],
+    linears: Sequence[Module],
     dtype: mx.Dtype,
-    norm: nn.RMSNorm | None = None,
+    norm: RMSNorm | None = None,
     *,
     swiglu: bool = False,
     residual: bool = False,
@@ -151,12 +154,13 @@ class FusedDelta:
         """The layer without its MLP over normed rows [1, N, hidden], its recurrence in one launch a sequence."""
         net: GatedDeltaNet = stock.linear_attn
         parts = [net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)]
-        projected = mx.concatenate(parts, axis=-1)[0]
+        projected = mx.concatenate(parts, axis=-1).squeeze(0)
         outputs = []
         for cache, part in zip(caches, split_rows(segments), strict=True):
             assert isinstance(cache, FusedDeltaCache)
             outputs.append(cache.run_many(projected[part]))
-        return net.out_proj(_joined(outputs)[None])
+        mixed: mx.array = net.out_proj(mx.expand_dims(_joined(outputs), 0))
+        return mixed
 
 
 class FusedAttention:
@@ -164,7 +168,7 @@ class FusedAttention:
 
     def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
         net: Qwen3NextAttention = layer.self_attn
-        if type(net.rope) is not nn.RoPE:
+        if type(net.rope) is not RoPE:
             raise Unsupported(f"rotary embedding {type(net.rope).__name__}")
         self.shape = inputs_kernel.AttentionShape(
             heads=net.num_attention_heads,
@@ -229,10 +233,10 @@ class FusedQwen35(Qwen35):
         self.layers: list[FusedDelta | FusedAttention] = [build(layer) for layer in model.layers]
         output = model.embed_tokens if stock.text.args.tie_word_embeddings else stock.text.lm_head
         self._output = product(registry, [output], self._dtype)
-        self._head_layers: list[FusedDelta | FusedAttention] = []
+        self._head_layers: list[FusedAttention] = []
         if stock.mtp is not None:
             self._fc = product(registry, [stock.mtp.fc], self._dtype)
-            self._head_layers = [build(layer) for layer in stock.mtp.layers]
+            self._head_layers = [FusedAttention(layer, self._dtype, registry) for layer in stock.mtp.layers]
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = registry.fallbacks == 0
         self._compiled: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
@@ -306,6 +310,16 @@ class FusedQwen35(Qwen35):
                 assert isinstance(cache, FusedDeltaCache | FusedKVCache)
                 cache.take(layer[index], segment.rows)
         return before, normed
+
+
+def fused_or_stock(stock: Qwen35, registry: Registry) -> tuple[Qwen35, str | None]:
+    """The model through the kernels, or the stock model and why it stays."""
+    if platform() == "cpu":
+        return stock, "no GPU"
+    try:
+        return FusedQwen35(stock, registry), None
+    except Unsupported as reason:
+        return stock, str(reason)
 
 
 def _through(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mtp_kernels import attention_inputs as inputs_kernel
 from mtp_kernels import gated_delta as delta_kernel
+from mtp_kernels.launch import host_ints
 
 from mlx_mtp_backend.cache import KVCache
 
@@ -155,7 +156,7 @@ class FusedKVCache(KVCache):
     def settle(self) -> None:
         """Move the tail's rows into the long buffer; waits for a count that is still on the device."""
         if self._start is not None:
-            self.offset = self._start.tolist()[1] + _host(self._since)
+            self.offset = host_ints(self._start)[1] + _host(self._since)
             self._start, self._since = None, 0
         tail, self._tail = self._tail, None
         count = self.offset - self._base
@@ -169,4 +170,4 @@ class FusedKVCache(KVCache):
 
 
 def _host(count: int | mx.array) -> int:
-    return count if isinstance(count, int) else int(count.tolist()[0])
+    return count if isinstance(count, int) else host_ints(count)[0]

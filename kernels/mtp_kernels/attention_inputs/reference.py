@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..launch import host_ints
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -56,7 +58,7 @@ def reference(
     projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape
 ) -> tuple[mx.array, mx.array]:
     """The definition of right for `attention_inputs`; reads `position` back to the host."""
-    base, first = (int(v) for v in position.tolist())
+    base, first = host_ints(position)
     rows = projected.shape[0]
     wide = projected.astype(mx.float32)
     split = shape.heads * 2 * HEAD_DIM

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..launch import host_ints
+
 HEAD_DIM = 256
 
 
@@ -11,7 +13,7 @@ def reference(
     queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
 ) -> mx.array:
     """The definition of right for `few_row_attention`; reads `position` back to the host."""
-    base, first = (int(v) for v in position.tolist())
+    base, first = host_ints(position)
     rows, heads, _ = queries.shape
     used = first - base + rows
     k = mx.concatenate([keys[0, :, :base], tail[0, :, :used]], axis=1).astype(mx.float32)

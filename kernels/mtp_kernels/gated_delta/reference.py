@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..launch import host_ints
+
 
 @dataclass(frozen=True)
 class DeltaWeights:
@@ -62,7 +64,7 @@ def reference(
     fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The definition of right for `gated_delta`; reads `keep` back to the host."""
-    kept = int(keep.item())
+    (kept,) = host_ints(keep)
     rows = mx.concatenate([state.pending[:kept].astype(fresh.dtype), fresh], axis=0).astype(mx.float32)
     inputs = mx.concatenate([state.window.astype(mx.float32), rows[:, : weights.channels]], axis=0)
     total = rows.shape[0]
