@@ -36,7 +36,8 @@ class ModelText:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens are recognised in the text and none are added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # The batch call lets other threads run meanwhile, which `encode` does not.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""

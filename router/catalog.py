@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from router.domain import ErrorReason, ModelFacts, RouterError
 from router.facts import read_facts
-from router.settings import ModelSettings, SamplingSettings, Settings
+from router.settings import MODEL_NAME, ModelSettings, SamplingSettings, Settings
 
+logger = logging.getLogger(__name__)
+
+MAX_NAMED, MAX_SHOWN = 32, 128  # known names, and characters of an unknown one, in an error: its size is bounded
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
 
 
@@ -57,11 +62,14 @@ class Catalog:
         """The model of that name or alias. Raises RouterError MODEL_NOT_FOUND, naming the known ones."""
         if name in self._names:
             return self._entries[self._names[name]]
-        known = ", ".join(self._names) or "none; `mtp-router pull smollm2` fetches one"
+        names = list(self._names)[:MAX_NAMED]
+        more = f" and {len(self._names) - MAX_NAMED} more" if len(self._names) > MAX_NAMED else ""
+        known = (", ".join(names) + more) or "none; `mtp-router pull smollm2` fetches one"
+        shown = name[:MAX_SHOWN]
         raise RouterError(
             ErrorReason.MODEL_NOT_FOUND,
-            f"no model named {name!r}; known models: {known}",
-            metadata={"model": name, "known_models": ",".join(self._names)},
+            f"no model named {shown!r}; known models: {known}",
+            metadata={"model": shown, "known_models": ",".join(names)},
         )
 
 
@@ -74,7 +82,9 @@ def build_catalog(settings: Settings, pulled: Path) -> Catalog:
     models: dict[str, ModelSettings] = dict(settings.models)
     taken = {alias for model in models.values() for alias in model.aliases} | set(models)
     for file in sorted(pulled.glob("*.gguf")):
-        if file.stem not in taken:
+        if not re.fullmatch(MODEL_NAME, file.stem):
+            logger.warning("%r is not served: its name is not a model name", file.name)
+        elif file.stem not in taken:
             models[file.stem] = ModelSettings(path=file)
     return Catalog(build_entry(name, model, settings.sampling) for name, model in models.items())
 

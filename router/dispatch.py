@@ -26,7 +26,7 @@ from router.domain import (
     Started,
     TokenCount,
 )
-from router.policy import check_request, choose_route, refuse_unsupported_prompt
+from router.policy import check_request, choose_route
 
 
 @dataclass(slots=True)
@@ -124,7 +124,8 @@ class Dispatcher:
     async def count_tokens(self, request: GenerationRequest) -> tuple[Route, TokenCount]:
         """Counts a prompt's tokens. Raises RouterError where the model cannot."""
         entry, chosen, backend = self.route(request.model)
-        refuse_unsupported_prompt(request.prompt, entry)
+        rendered = GenerationRequest(request.model, request.prompt, reasoning=request.reasoning, tools=request.tools)
+        check_request(rendered, entry, backend.fields, backend.drafting(entry))
         if not entry.facts.can(Capability.COUNT_TOKENS):
             raise RouterError(
                 ErrorReason.CAPABILITY_UNAVAILABLE,

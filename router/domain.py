@@ -250,11 +250,15 @@ class Drafting:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a backend offers to routing: its kind, why it cannot be used here if so, and what to know of it."""
+    """What a backend offers to routing: its kind, why it cannot be used here if so, and what to know of it.
+
+    `failed` tells that it could be used before: a restart may help.
+    """
 
     kind: BackendKind
     refusal: str = ""
     remark: str = ""
+    failed: bool = False
 
 
 class ModelState(Enum):

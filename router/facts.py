@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
@@ -11,7 +13,10 @@ from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
 from router.gguf import GgufError, GgufHeader, read_gguf_header
 
 THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
+MAX_TEXT = 400  # characters of evidence
 MAX_TEMPLATE_BYTES = 8 * 2**20  # tokenizer configs of large vocabularies reach a few megabytes
+
+logger = logging.getLogger(__name__)
 
 Facts = Mapping[Capability, CapabilityFact]
 
@@ -22,7 +27,25 @@ def read_facts(path: Path, head_path: Path | None = None) -> ModelFacts:
     Args:
         head_path: where else a checkpoint's head may lie.
     """
-    return _checkpoint_facts(path, head_path) if path.is_dir() else _gguf_facts(path)
+    try:
+        facts = _checkpoint_facts(path, head_path) if path.is_dir() else _gguf_facts(path)
+    except Exception:
+        logger.exception("cannot make sense of %s", path)
+        return ModelFacts(problem=f"{_text(path.name)} cannot be made sense of; the log has the details")
+    return replace(
+        facts,
+        architecture=_text(facts.architecture),
+        quantization=_text(facts.quantization),
+        problem=_text(facts.problem),
+        capabilities={
+            capability: replace(fact, evidence=_text(fact.evidence)) for capability, fact in facts.capabilities.items()
+        },
+    )
+
+
+def _text(value: str) -> str:
+    """Text out of a file, made fit to be sent: no lone surrogates, no endless lines."""
+    return value[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 def _gguf_facts(path: Path) -> ModelFacts:

@@ -14,7 +14,6 @@ from router.domain import (
     MessagesPrompt,
     ModelFormat,
     Offer,
-    Prompt,
     ReasoningMode,
     Route,
     RouterError,
@@ -36,8 +35,8 @@ def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer])
         offers: the configured backends by name.
 
     Raises:
-        RouterError: MODEL_LOAD_FAILED where the model's files cannot be served; BACKEND_UNAVAILABLE where no
-            configured backend can serve them here.
+        RouterError: MODEL_LOAD_FAILED where the model's files cannot be served, or not by a backend configured here;
+            BACKEND_UNAVAILABLE where the backend that could has failed.
     """
     named = entry.settings.backend
     if named is not None:
@@ -55,7 +54,7 @@ def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer | No
             entry, f"the settings name backend {name!r}, which serves no {entry.facts.format.value} files"
         )
     if offer.refusal:
-        raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}")
+        raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}", offer)
     _refuse_problem(served)
     is_gguf = served.facts.format is ModelFormat.GGUF
     reason = _gguf_reason(served) if is_gguf else _checkpoint_reason(served, offer)
@@ -88,7 +87,7 @@ def _checkpoint_route(requested: str, entry: ModelEntry, offers: Mapping[str, Of
     if entry.gguf is not None:
         return _gguf_route(requested, entry.gguf, offers, f"not on MLX: {why_not}; {_gguf_reason(entry.gguf)}")
     _refuse_problem(entry)
-    raise _no_backend(entry, why_not)
+    raise _no_backend(entry, why_not, offer)
 
 
 def _refuse_problem(entry: ModelEntry) -> None:
@@ -100,10 +99,9 @@ def _refuse_problem(entry: ModelEntry) -> None:
         )
 
 
-def _no_backend(entry: ModelEntry, why: str) -> RouterError:
-    return RouterError(
-        ErrorReason.BACKEND_UNAVAILABLE, f"model {entry.name!r}: {why}", metadata={"model": entry.name, "why": why}
-    )
+def _no_backend(entry: ModelEntry, why: str, offer: Offer | None = None) -> RouterError:
+    reason = ErrorReason.BACKEND_UNAVAILABLE if offer and offer.failed else ErrorReason.MODEL_LOAD_FAILED
+    return RouterError(reason, f"model {entry.name!r}: {why}", metadata={"model": entry.name, "problem": why})
 
 
 def _gguf_reason(entry: ModelEntry) -> str:
@@ -169,7 +167,10 @@ def check_request(
             f"the backend of model {entry.name!r} does not implement: {names}",
             metadata={"field": ",".join(missing), "model": entry.name},
         )
-    refuse_unsupported_prompt(request.prompt, entry)
+    if isinstance(request.prompt, MessagesPrompt):
+        _require(entry, Capability.CHAT, "messages need a chat template")
+    if isinstance(request.prompt, TokensPrompt):
+        _require(entry, Capability.TOKEN_PROMPT, "it takes no token ids")
     if request.reasoning is ReasoningMode.ON:
         _require(entry, Capability.REASONING, "thinking cannot be switched on")
     if request.reasoning is ReasoningMode.OFF and entry.facts.can(Capability.REASONING):
@@ -179,14 +180,6 @@ def check_request(
     if request.top_logprobs is not None:
         _require(entry, Capability.LOGPROBS, "logprobs are not available")
     _check_speculation(request, entry, drafting)
-
-
-def refuse_unsupported_prompt(prompt: Prompt, entry: ModelEntry) -> None:
-    """Raises RouterError CAPABILITY_UNAVAILABLE where the model takes no prompt of that kind."""
-    if isinstance(prompt, MessagesPrompt):
-        _require(entry, Capability.CHAT, "messages need a chat template")
-    if isinstance(prompt, TokensPrompt):
-        _require(entry, Capability.TOKEN_PROMPT, "it takes no token ids")
 
 
 def _require(entry: ModelEntry, capability: Capability, what: str) -> None:

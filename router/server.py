@@ -22,6 +22,7 @@ from router.catalog import Catalog, build_catalog
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ModelFormat
 from router.services.admin import AdminService
+from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
 from router.services.models import ModelService
 from router.settings import LlamaCppSettings, ServerSettings, Settings, data_home
@@ -74,9 +75,11 @@ class RouterServer:
         self._settings = settings
         self._dispatcher = Dispatcher(catalog, backends)
         self._health = health.aio.HealthServicer()
-        self._generate = GenerateService(self._dispatcher, settings.default_deadline, settings.slow_reader_limit)
+        self._calls = Calls(settings.default_deadline)
         self._server = grpc.aio.server(
-            options=channel_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_calls
+            interceptors=[ReadableRequests()],
+            options=channel_options(settings),
+            maximum_concurrent_rpcs=settings.max_concurrent_calls,
         )
         self._health_updates: asyncio.Queue[tuple[str, BackendState]] = asyncio.Queue()
         self._health_task: asyncio.Task[None] | None = None
@@ -89,10 +92,12 @@ class RouterServer:
         for name in SERVICE_NAMES:
             await self._health.set(name, NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        v1.add_GenerateServiceServicer_to_server(self._generate, self._server)
+        v1.add_GenerateServiceServicer_to_server(
+            GenerateService(self._dispatcher, self._calls, self._settings.slow_reader_limit), self._server
+        )
         v1.add_ModelServiceServicer_to_server(ModelService(self._dispatcher), self._server)
         v1.add_AdminServiceServicer_to_server(
-            AdminService(self._dispatcher, enabled=self._settings.admin), self._server
+            AdminService(self._dispatcher, self._calls, enabled=self._settings.admin), self._server
         )
         if self._settings.reflection:
             names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -112,7 +117,7 @@ class RouterServer:
         try:
             port = self._server.add_insecure_port(listen)
         except RuntimeError:
-            raise ListenError(f"cannot listen at {listen}: is another server running there?") from None
+            raise ListenError(f"cannot listen at {listen}: another server may be running there") from None
         return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
     def _status_changed(self, status: BackendStatus) -> None:
@@ -136,11 +141,11 @@ class RouterServer:
             return
         self._draining = True
         grace = self._settings.drain_grace
-        logger.info("draining: %d calls get up to %g s", self._generate.active_calls, grace)
+        logger.info("draining: %d calls get up to %g s", self._calls.active, grace)
         if self._health_task is not None:
             self._health_task.cancel()
         await self._health.enter_graceful_shutdown()
-        interrupt = asyncio.get_running_loop().call_later(grace, self._generate.interrupt)
+        interrupt = asyncio.get_running_loop().call_later(grace, self._calls.interrupt)
         # gRPC's own cut comes a little later, so that the typed status of `interrupt` gets out first.
         await self._server.stop(grace + 1.0)
         interrupt.cancel()

@@ -26,7 +26,8 @@ CONFIG_VARIABLE = "MTP_ROUTER_CONFIG"
 BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
 
 # Names travel in logs, health names and error metadata, so they are kept plain.
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}"
+ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
 BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 
 
@@ -96,13 +97,20 @@ class SamplingSettings(_Table):
     """`[sampling]` and `[models.NAME.sampling]`: what a request gets where it leaves a number unset."""
 
     temperature: float | None = Field(None, ge=0.0, le=10.0)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_p: float | None = Field(None, ge=1e-6, le=1.0)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
     min_p: float | None = Field(None, ge=0.0, lt=1.0)
-    repetition_penalty: float | None = Field(None, gt=0.0, le=10.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10.0)
     presence_penalty: float | None = Field(None, ge=-10.0, le=10.0)
     frequency_penalty: float | None = Field(None, ge=-10.0, le=10.0)
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=1, le=1_048_576)
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_tiny(cls, value: float | None) -> float | None:
+        if value is not None and 0.0 < value < 1e-6:
+            raise ValueError("must be 0 or at least 1e-6")
+        return value
 
 
 class LlamaCppSettings(_Table):
@@ -164,7 +172,7 @@ class ModelSettings(_Table):
     aliases: tuple[ModelName, ...] = ()
     backend: BackendName | None = Field(None, description="backend to use; unset: chosen by what the files can do")
     context_length: int | None = Field(
-        None, ge=16, description="tokens of context, at most the model's own; unset: up to 8192"
+        None, ge=16, le=2**24, description="tokens of context, at most the model's own; unset: up to 8192"
     )
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
     draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")

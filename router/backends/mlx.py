@@ -108,7 +108,7 @@ class MlxBackend:
         if self._engine is None:  # closed on purpose
             return
         logger.critical("the MLX engine's thread has ended; no checkpoint can be served until a restart")
-        self._offer = Offer(self.kind, "the MLX engine has failed; see the server's log")
+        self._offer = Offer(self.kind, "the MLX engine has failed; see the server's log", failed=True)
         self._models.forget()
         for listener in self._listeners:
             listener(self.status())
@@ -236,8 +236,9 @@ class MlxBackend:
         switch = (
             {} if request.reasoning is ReasoningMode.AUTO else {THINKING_SWITCH: request.reasoning is ReasoningMode.ON}
         )
+        messages = [template_message(item) for item in request.prompt.messages]
         try:
-            rendered = text.render([template_message(item) for item in request.prompt.messages], **switch)
+            rendered = await asyncio.to_thread(text.render, messages, **switch)
         except EngineError as error:
             raise router_error(error, model.name) from None
         splitter = ThinkSplitter(rendered) if model.facts.can(Capability.REASONING) else None

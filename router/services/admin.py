@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Any
 
-import grpc
 from mtp_router.generate import v1
 
 from router.dispatch import Dispatcher
 from router.domain import ErrorReason, RouterError
 from router.services import render
+from router.services.calls import Calls, Context
 from router.services.errors import reports_errors
 from router.services.models import describe
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdminService(v1.AdminServiceServicer):
     """Serves AdminService; with `enabled` False every call answers PERMISSION_DENIED."""
 
-    def __init__(self, dispatcher: Dispatcher, *, enabled: bool) -> None:
+    def __init__(self, dispatcher: Dispatcher, calls: Calls, *, enabled: bool) -> None:
         self._dispatcher = dispatcher
+        self._calls = calls
         self._enabled = enabled
 
     @reports_errors
@@ -31,7 +29,7 @@ class AdminService(v1.AdminServiceServicer):
         """Loads a model, streaming progress; leaving the call does not unload it."""
         self._require_enabled()
         entry, _, backend = self._dispatcher.route(request.name)
-        async with aclosing(backend.preload(entry)) as steps:
+        async with self._calls.bounded(context), aclosing(backend.preload(entry)) as steps:
             async for step in steps:
                 await context.write(v1.PreloadModelResponse(progress=render.load_progress(step)))
         await context.write(v1.PreloadModelResponse(model=describe(self._dispatcher, entry)))
@@ -41,7 +39,8 @@ class AdminService(v1.AdminServiceServicer):
         """Drops a model from memory."""
         self._require_enabled()
         entry, _, backend = self._dispatcher.route(request.name)
-        await backend.unload(entry, force=request.force)
+        async with self._calls.bounded(context):
+            await backend.unload(entry, force=request.force)
         return v1.UnloadModelResponse(model=describe(self._dispatcher, entry))
 
     @reports_errors

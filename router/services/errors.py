@@ -29,7 +29,7 @@ CODES: dict[ErrorReason, grpc.StatusCode] = {
     ErrorReason.BACKEND_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ErrorReason.BACKEND_FAILED: grpc.StatusCode.UNAVAILABLE,
     ErrorReason.BACKEND_STALLED: grpc.StatusCode.UNAVAILABLE,
-    ErrorReason.MODEL_LOAD_FAILED: grpc.StatusCode.UNAVAILABLE,
+    ErrorReason.MODEL_LOAD_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorReason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     ErrorReason.ADMIN_DISABLED: grpc.StatusCode.PERMISSION_DENIED,
     ErrorReason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,

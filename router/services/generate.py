@@ -6,19 +6,19 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 import grpc
 from mtp_router.generate import v1
 
 from router.dispatch import Answer, Dispatcher
-from router.domain import Delta, ErrorReason, Event, FieldViolation, Finished, RouterError, Started
+from router.domain import Delta, ErrorReason, Event, Finished, GenerationRequest, RouterError, Started
 from router.services import render
+from router.services.calls import Calls, Context
 from router.services.errors import reports_errors
-from router.services.parse import parse_input
+from router.services.parse import parse_input, parse_model_name, refuse_unknown_fields
 
 logger = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext[Any, Any]
+Request = v1.GenerateRequest | v1.StreamGenerateRequest | v1.CountTokensRequest
 
 
 class GenerateService(v1.GenerateServiceServicer):
@@ -29,33 +29,20 @@ class GenerateService(v1.GenerateServiceServicer):
 
     Args:
         dispatcher: sends requests to backends.
-        default_deadline: seconds for a call that comes without a deadline.
+        calls: bounds the calls.
         slow_reader_limit: seconds that an event may wait for its reader.
     """
 
-    def __init__(self, dispatcher: Dispatcher, default_deadline: float, slow_reader_limit: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, calls: Calls, slow_reader_limit: float) -> None:
         self._dispatcher = dispatcher
-        self._default_deadline = default_deadline
+        self._calls = calls
         self._slow_reader_limit = slow_reader_limit
-        self._draining = False
-        self._calls: set[asyncio.Task[Any]] = set()
-
-    @property
-    def active_calls(self) -> int:
-        """Calls that are being answered."""
-        return len(self._calls)
-
-    def interrupt(self) -> None:
-        """Ends every running call with DRAINING, for the end of the grace period."""
-        self._draining = True
-        for task in self._calls:
-            task.cancel()
 
     @reports_errors
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> v1.GenerateResponse:
         """Answers in one message."""
         pieces: list[Delta] = []
-        async with self._call(context), self._answer(request.input) as (answer, events):
+        async with self._calls.bounded(context), self._answer(request) as (answer, events):
             async for event in events:
                 if isinstance(event, Started):
                     begun = render.started(answer, event)
@@ -70,7 +57,7 @@ class GenerateService(v1.GenerateServiceServicer):
         self, request: v1.StreamGenerateRequest, context: Context
     ) -> None:
         """Answers event by event."""
-        async with self._call(context), self._answer(request.input) as (answer, events):
+        async with self._calls.bounded(context), self._answer(request) as (answer, events):
             async for event in events:
                 if isinstance(event, Started):
                     response = v1.StreamGenerateResponse(started=render.started(answer, event))
@@ -87,8 +74,8 @@ class GenerateService(v1.GenerateServiceServicer):
     @reports_errors
     async def CountTokens(self, request: v1.CountTokensRequest, context: Context) -> v1.CountTokensResponse:
         """Counts a prompt's tokens."""
-        async with self._call(context):
-            parsed = self._parse(request.input)
+        async with self._calls.bounded(context):
+            parsed = self._parse(request)
             route, count = await self._dispatcher.count_tokens(parsed)
         return v1.CountTokensResponse(
             model=route.model, prompt_tokens=count.prompt_tokens, context_length=count.context_length
@@ -106,25 +93,27 @@ class GenerateService(v1.GenerateServiceServicer):
                 metadata={"slow_reader_limit": f"{self._slow_reader_limit:g}"},
             ) from None
 
-    def _parse(self, wire: v1.GenerationInput) -> Any:
-        if not wire.model:
-            violation = FieldViolation("model", "is required")
-            raise RouterError(
-                ErrorReason.INVALID_REQUEST, "invalid request: model: is required", violations=(violation,)
-            )
-        return parse_input(wire, self._dispatcher.catalog.resolve(wire.model).sampling)
+    def _parse(self, request: Request) -> GenerationRequest:
+        refuse_unknown_fields(request)
+        name = parse_model_name(request.input)
+        return parse_input(request.input, self._dispatcher.catalog.resolve(name).sampling)
 
     @asynccontextmanager
-    async def _answer(self, wire: v1.GenerationInput) -> AsyncIterator[tuple[Answer, AsyncGenerator[Event, None]]]:
+    async def _answer(self, request: Request) -> AsyncIterator[tuple[Answer, AsyncGenerator[Event, None]]]:
         """The answer to a request; whatever ends the block stops the backend, and is logged in one line."""
-        answer = self._dispatcher.generate(self._parse(wire))
-        outcome = "cancelled"
+        answer = self._dispatcher.generate(self._parse(request))
+        outcome = "ok"
         try:
             async with aclosing(answer.events) as events:
                 yield answer, events
-            outcome = "ok"
         except RouterError as error:
             outcome = error.reason.value
+            raise
+        except Exception as error:
+            outcome = "cancelled" if isinstance(error, grpc.aio.BaseError) else ErrorReason.INTERNAL.value
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
             raise
         finally:
             logger.info(
@@ -138,32 +127,6 @@ class GenerateService(v1.GenerateServiceServicer):
                 answer.request.correlation_id or "-",
                 dict(answer.request.labels) or "-",
             )
-
-    @asynccontextmanager
-    async def _call(self, context: Context) -> AsyncIterator[None]:
-        """Bounds a call by its deadline and lets `interrupt` end it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        limit = None if context.time_remaining() is not None else self._default_deadline
-        try:
-            async with asyncio.timeout(limit):
-                yield
-        except TimeoutError:
-            raise RouterError(
-                ErrorReason.DEADLINE_EXCEEDED,
-                f"the call had no deadline and took longer than the server's default of {self._default_deadline:g} s",
-                metadata={"default_deadline": f"{self._default_deadline:g}"},
-            ) from None
-        except asyncio.CancelledError:
-            if not self._draining or context.cancelled():
-                raise
-            task.uncancel()
-            raise RouterError(
-                ErrorReason.DRAINING, "the server is shutting down; the answer is incomplete", retry_after=1.0
-            ) from None
-        finally:
-            self._calls.discard(task)
 
 
 def _joined(pieces: list[Delta]) -> Delta:

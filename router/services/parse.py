@@ -13,6 +13,8 @@ from enum import Enum
 from typing import TypeVar
 
 from google.protobuf import duration_pb2
+from google.protobuf.message import Message as WireMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
 from mtp_router.generate import v1
 
 from router.domain import (
@@ -48,6 +50,9 @@ MAX_TOOLS = 128
 MAX_TIME_BUDGET = 24 * 3600.0
 MAX_LABELS, MAX_LABEL_KEY, MAX_LABEL_VALUE = 16, 64, 256
 MAX_CORRELATION_ID = 128
+MAX_MODEL_NAME = 128
+MAX_VIOLATIONS = 32  # more would not fit the trailing metadata that carries an error
+TINY = 1e-6  # below this a division leaves the range of 32-bit floats
 
 ROLES: Mapping[int, Role] = {
     v1.ROLE_SYSTEM: Role.SYSTEM,
@@ -82,10 +87,14 @@ class Violations:
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
+        self._more = 0
 
     def add(self, field: str, description: str) -> None:
-        """Notes that `field` breaks a rule."""
-        self._found.append(FieldViolation(field, description))
+        """Notes that `field` breaks a rule; of very many, the first are kept and the others counted."""
+        if len(self._found) < MAX_VIOLATIONS:
+            self._found.append(FieldViolation(field, description))
+        else:
+            self._more += 1
 
     def require(self, holds: bool, field: str, description: str) -> bool:
         """Notes `description` unless `holds`, which it returns."""
@@ -97,7 +106,8 @@ class Violations:
         """Raises RouterError INVALID_REQUEST if any rule was broken."""
         if self._found:
             shown = "; ".join(f"{item.field}: {item.description}" for item in self._found[:5])
-            more = f" (and {len(self._found) - 5} more)" if len(self._found) > 5 else ""
+            unseen = len(self._found) - 5 + self._more
+            more = f" (and {unseen} more)" if unseen > 0 else ""
             raise RouterError(
                 ErrorReason.INVALID_REQUEST, f"invalid request: {shown}{more}", violations=tuple(self._found)
             )
@@ -133,6 +143,33 @@ def parse_input(wire: v1.GenerationInput, defaults: SamplingSettings) -> Generat
         found.add("speculation.depth", "must be unset where speculation.mode is OFF")
     found.raise_if_any()
     return request
+
+
+def parse_model_name(wire: v1.GenerationInput) -> str:
+    """The name of the model. Raises RouterError INVALID_REQUEST for none or one that cannot be a name."""
+    found = Violations()
+    if found.require(bool(wire.model), "model", "is required"):
+        found.require(len(wire.model) <= MAX_MODEL_NAME, "model", f"must be at most {MAX_MODEL_NAME} characters")
+    found.raise_if_any()
+    return wire.model
+
+
+def refuse_unknown_fields(request: WireMessage) -> None:
+    """A field of a newer contract would otherwise be accepted and ignored. Raises RouterError INVALID_REQUEST."""
+    found = Violations()
+    _find_unknown_fields(request, "", found)
+    found.raise_if_any()
+
+
+def _find_unknown_fields(message: WireMessage, path: str, found: Violations) -> None:
+    unknown = UnknownFieldSet(message)
+    for index in range(len(unknown)):
+        found.add(f"{path}{unknown[index].field_number}", "is not a field that this server knows")
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for item in value if field.is_repeated else [value]:
+            _find_unknown_fields(item, f"{path}{field.name}.", found)
 
 
 def _prompt(wire: v1.GenerationInput, found: Violations) -> Prompt:
@@ -175,11 +212,11 @@ def _sampling(
     values = {item.name: getattr(own, item.name) for item in fields(Sampling)}
     values.update(defaults.model_dump(exclude_none=True, exclude={"max_output_tokens"}))
     rules: Mapping[str, tuple[Callable[[float], bool], str]] = {
-        "temperature": (lambda value: 0.0 <= value <= 10.0, "must be in [0, 10]"),
-        "top_p": (lambda value: 0.0 < value <= 1.0, "must be in (0, 1]"),
+        "temperature": (lambda value: value == 0.0 or TINY <= value <= 10.0, f"must be 0 or in [{TINY:g}, 10]"),
+        "top_p": (lambda value: TINY <= value <= 1.0, f"must be in [{TINY:g}, 1]"),
         "top_k": (lambda value: value <= 1_000_000, "must be at most 1000000"),
         "min_p": (lambda value: 0.0 <= value < 1.0, "must be in [0, 1)"),
-        "repetition_penalty": (lambda value: 0.0 < value <= 10.0, "must be in (0, 10]"),
+        "repetition_penalty": (lambda value: 0.01 <= value <= 10.0, "must be in [0.01, 10]"),
         "presence_penalty": (lambda value: -10.0 <= value <= 10.0, "must be in [-10, 10]"),
         "frequency_penalty": (lambda value: -10.0 <= value <= 10.0, "must be in [-10, 10]"),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,39 @@ def test_a_gguf_without_a_head_says_which_key_is_absent(files: Path) -> None:
     fact = read_facts(files / "small.gguf").capabilities[Capability.MTP]
     assert fact.supported is False
     assert "llama.nextn_predict_layers" in fact.evidence
+
+
+def test_names_of_pulled_files_must_be_model_names(files: Path, tmp_path: Path) -> None:
+    for name in (b"bad\xff.gguf", b"a b.gguf", b"good.gguf"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes((files / "small.gguf").read_bytes())
+    assert [entry.name for entry in build_catalog(Settings(), tmp_path).entries] == ["good"]
+
+
+def test_the_error_for_an_unknown_name_has_a_bounded_size(files: Path) -> None:
+    models = {f"m{number}-{'x' * 100}": ModelSettings(path=files / "small.gguf") for number in range(200)}
+    with pytest.raises(RouterError) as caught:
+        build_catalog(Settings(models=models), files / "empty").resolve("y" * 10_000)
+    assert len(caught.value.message) + sum(map(len, caught.value.metadata.values())) < 8192
+    assert "and 168 more" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen3_5", "text_config": {"head_dim": {"a": 1}, "mtp_num_hidden_layers": 1}},
+        {"model_type": "qwen3_5", "text_config": []},
+        {"model_type": "\ud800" + "x" * 10_000},
+        {"model_type": ["qwen3_5"]},
+        {"model_type": "qwen3_5", "mtp_num_hidden_layers": {"a": []}, "vocab_size": -1},
+    ],
+)
+def test_a_malformed_checkpoint_is_a_problem_not_a_crash(files: Path, tmp_path: Path, config: object) -> None:
+    shutil.copytree(files / "head", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    facts = read_facts(tmp_path / "model")
+    assert facts.problem
+    shown = [facts.problem, facts.architecture, *(fact.evidence for fact in facts.capabilities.values())]
+    assert all(len(text.encode()) < 2000 for text in shown)
 
 
 def test_files_that_cannot_be_served_say_why(files: Path, tmp_path: Path) -> None:

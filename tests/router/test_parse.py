@@ -143,12 +143,12 @@ BAD: list[tuple[dict[str, object], str]] = [
     *[
         ({"sampling": v1.SamplingParameters(**{name: value})}, f"sampling.{name}")
         for name, values in {
-            "temperature": (-0.1, 10.5, math.nan, math.inf),
-            "top_p": (0.0, -1.0, 1.01, math.nan),
+            "temperature": (-0.1, 1e-40, 10.5, math.nan, math.inf),
+            "top_p": (0.0, 1e-46, -1.0, 1.01, math.nan),
             "top_k": (1_000_001,),
             "min_p": (-0.1, 1.0, math.nan),
             "seed": (2**32 - 1,),
-            "repetition_penalty": (0.0, -1.0, 11.0, math.nan),
+            "repetition_penalty": (0.0, 1e-40, -1.0, 11.0, math.nan),
             "presence_penalty": (-11.0, math.inf),
             "frequency_penalty": (11.0, math.nan),
         }.items()

@@ -78,7 +78,7 @@ def test_the_settings_may_name_the_backend() -> None:
 def test_no_backend_for_the_file() -> None:
     with pytest.raises(RouterError) as caught:
         choose_route("tiny", entry(), {"m": Offer(BackendKind.MLX)})
-    assert caught.value.reason is ErrorReason.BACKEND_UNAVAILABLE
+    assert caught.value.reason is ErrorReason.MODEL_LOAD_FAILED
 
 
 def checkpoint(*, head: bool = True, gguf: bool = True, **overrides: object) -> ModelEntry:
@@ -112,8 +112,9 @@ def test_a_checkpoint_goes_where_its_head_can_be_used(
 @pytest.mark.parametrize(
     ("model", "offers", "reason"),
     [
-        (checkpoint(gguf=False), SLOW, ErrorReason.BACKEND_UNAVAILABLE),
-        (checkpoint(gguf=False), {"a": Offer(BackendKind.LLAMA_CPP)}, ErrorReason.BACKEND_UNAVAILABLE),
+        (checkpoint(gguf=False), SLOW, ErrorReason.MODEL_LOAD_FAILED),
+        (checkpoint(gguf=False), {"a": Offer(BackendKind.LLAMA_CPP)}, ErrorReason.MODEL_LOAD_FAILED),
+        (checkpoint(gguf=False), {"m": replace(SLOW["m"], failed=True)}, ErrorReason.BACKEND_UNAVAILABLE),
         (checkpoint(gguf=False, problem="broken"), OFFERS, ErrorReason.MODEL_LOAD_FAILED),
     ],
 )

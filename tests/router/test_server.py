@@ -202,7 +202,7 @@ async def test_cancelling_stops_the_backend_at_every_stage(start_server, stage) 
         while backend.running:
             await asyncio.sleep(0.01)
     assert backend.stopped_early == 1
-    assert server._generate.active_calls == 0
+    assert server._calls.active == 0
 
 
 async def test_a_deadline_of_the_caller_stops_the_backend(start_server) -> None:  # type: ignore[no-untyped-def]
@@ -250,6 +250,39 @@ async def test_an_unimplemented_field_is_named(start_server) -> None:  # type: i
     error, details = await failure(stream(channel, given(tools=[v1.ToolDefinition(name="f")])))
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
     assert details["ErrorInfo"].metadata["field"] == "tools"
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x03\x0a\x01\xff"], ids=["garbage", "not UTF-8"])
+@pytest.mark.parametrize("method", ["GenerateService/Generate", "GenerateService/StreamGenerate"])
+async def test_bytes_that_are_no_message_are_refused(start_server, data: bytes, method: str) -> None:  # type: ignore[no-untyped-def]
+    _, channel = await start_server()
+    kind = channel.unary_stream if "Stream" in method else channel.unary_unary
+    error, details = await failure(kind(f"/mtp_router.generate.v1.{method}")(data))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details["ErrorInfo"].reason == "INVALID_REQUEST"
+    assert "Exception" not in error.details()
+    assert "decode" not in error.details().lower()
+
+
+async def test_fields_of_a_newer_contract_are_refused(start_server) -> None:  # type: ignore[no-untyped-def]
+    _, channel = await start_server()
+    newer = given(sampling=v1.SamplingParameters.FromString(b"\xf8\x3f\x01")).SerializeToString()
+    error, details = await failure(stream(channel, v1.GenerationInput.FromString(newer)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details["BadRequest"].field_violations[0].field == "input.sampling.1023"
+
+
+async def test_errors_fit_their_frame_however_much_is_wrong(start_server) -> None:  # type: ignore[no-untyped-def]
+    _, channel = await start_server()
+    bad = [
+        given(sampling=v1.SamplingParameters(logit_bias=dict.fromkeys(range(1000), 999.0))),
+        given(messages=v1.MessageList(messages=[v1.Message(role=99, content="x")] * 4000)),
+        given("y" * 10_000),
+    ]
+    for wire in bad:
+        error, details = await failure(stream(channel, wire))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["ErrorInfo"].reason == "INVALID_REQUEST"
 
 
 async def test_an_oversize_request_is_refused(start_server) -> None:  # type: ignore[no-untyped-def]
