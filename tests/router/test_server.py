@@ -371,6 +371,16 @@ async def test_health_follows_the_backends(start_server) -> None:  # type: ignor
     await until("", response.NOT_SERVING)
 
 
+async def test_health_can_be_watched_through_a_drain(start_server) -> None:  # type: ignore[no-untyped-def]
+    server, channel = await start_server(drain_grace=1.0)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="backend/scripted"))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    draining = asyncio.create_task(server.drain())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+    await draining
+
+
 async def test_reflection_lists_the_services(start_server) -> None:  # type: ignore[no-untyped-def]
     _, channel = await start_server()
     call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
