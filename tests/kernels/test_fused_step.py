@@ -1,0 +1,159 @@
+"""The Qwen3.5 step through the kernels' faces, here on their fallbacks, against the stock model."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.nn.layers.quantized import quantize
+from mlx_lm.models.qwen3_5 import TextModel, TextModelArgs
+from mtp_kernels.registry import Registry
+
+from mlx_mtp_backend.cache import LayerCache, abort, begin, commit
+from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, Unsupported, fused_or_stock
+
+TOKENS = mx.random.randint(0, 512, (96,), key=mx.random.key(3)).astype(mx.int32)
+# (rows of a pass, rows kept); the first is a prefill of which some rows are taken back.
+PASSES = [(20, 17), (4, 2), (4, 4), (1, 1), (4, 1), (3, 2)]
+
+
+def build(**changes: object) -> Qwen35:
+    """A history-dependent model with a head, in float16, quantised."""
+    mx.random.seed(0)
+    settings = {
+        "model_type": "qwen3_5",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "vocab_size": 512,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    } | changes
+    args = TextModelArgs(**settings)
+    text, head = TextModel(args), MTPHead(args)
+    for module in (text, head):
+        module.set_dtype(mx.float16)
+        quantize(module, 64, 4)
+        mx.eval(module.parameters())
+    return Qwen35(text, head)
+
+
+@pytest.fixture(scope="module")
+def stock() -> Qwen35:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def fused(stock: Qwen35) -> FusedQwen35:
+    return FusedQwen35(stock, Registry())
+
+
+class Driven:
+    """One sequence's passes through trunk and head, each rolled back to what it keeps."""
+
+    def __init__(self, model: Qwen35, *, lazy: bool = False) -> None:
+        self.model, self.lazy = model, lazy
+        self.trunk, self.head = model.trunk_caches(), model.head_caches()
+        self.at = 0
+
+    def run(self, rows: int, keep: int) -> tuple[mx.array, mx.array]:
+        tokens = TOKENS[self.at : self.at + rows]
+        begin(self.trunk)
+        begin(self.head)
+        hidden = self.model.trunk(tokens, [Segment(self.trunk, rows)])
+        drafted = self.model.head(tokens, hidden.carried, [Segment(self.head, rows)])
+        self.end(self.trunk, rows, keep)
+        self.end(self.head, rows, keep)
+        self.at += keep
+        return self.model.logits(hidden.normed[-8:]), self.model.logits(drafted.normed[-8:])
+
+    def end(self, caches: list[LayerCache], rows: int, keep: int) -> None:
+        on_device = self.lazy and rows <= 8
+        commit(caches, mx.array([keep], dtype=mx.int32) if on_device else keep)  # type: ignore[arg-type]
+
+
+def error(got: mx.array, want: mx.array) -> float:
+    got, want = got.astype(mx.float32), want.astype(mx.float32)
+    return float((mx.linalg.norm(got - want) / mx.linalg.norm(want)).item())
+
+
+def test_the_step_is_the_stock_step(stock: Qwen35, fused: FusedQwen35) -> None:
+    one, other = Driven(stock), Driven(fused)
+    for rows, keep in PASSES:
+        for want, got in zip(one.run(rows, keep), other.run(rows, keep), strict=True):
+            assert error(got, want) < 3e-2
+
+
+def test_rejected_rows_leave_no_trace(fused: FusedQwen35) -> None:
+    """What a run of rejections ends in has the bits of the same tokens run without any."""
+    rolled, straight = Driven(fused), Driven(fused)
+    straight.run(17, 17)
+    rolled.run(17, 17)
+    for rows, keep in [(4, 2), (6, 1), (8, 3), (3, 1)]:
+        rolled.run(rows, keep)
+    for _ in range(7):
+        straight.run(1, 1)
+    assert rolled.at == straight.at
+    for got, want in zip(rolled.run(1, 1), straight.run(1, 1), strict=True):
+        assert mx.array_equal(got, want)
+
+
+def test_a_count_on_the_device_is_a_count_on_the_host(fused: FusedQwen35) -> None:
+    """Enough passes for the tails to move several times."""
+    host, device = Driven(fused), Driven(fused, lazy=True)
+    host.run(20, 20)
+    device.run(20, 20)
+    for rows, keep in [(4, 2), (4, 4), (1, 1), (4, 1), (3, 2)] * 5:
+        for got, want in zip(device.run(rows, keep), host.run(rows, keep), strict=True):
+            assert mx.array_equal(got, want)
+
+
+def test_an_aborted_pass_never_was(fused: FusedQwen35) -> None:
+    plain, disturbed = Driven(fused), Driven(fused)
+    for driven in (plain, disturbed):
+        driven.run(20, 20)
+        driven.run(2, 2)
+    for rows in (3, 12):
+        begin(disturbed.trunk)
+        mx.eval(fused.trunk(TOKENS[:rows], [Segment(disturbed.trunk, rows)]).normed)
+        abort(disturbed.trunk)
+    assert mx.array_equal(disturbed.run(2, 2)[0], plain.run(2, 2)[0])
+
+
+def test_neighbours_change_nothing(fused: FusedQwen35) -> None:
+    alone, first, second = (fused.trunk_caches() for _ in range(3))
+    for caches in (alone, first, second):
+        begin(caches)
+    want = fused.trunk(TOKENS[:3], [Segment(alone, 3)]).normed
+    both = fused.trunk(TOKENS[:5], [Segment(first, 3), Segment(second, 2)]).normed
+    assert mx.array_equal(both[:3], want)
+
+
+def test_a_tail_that_cannot_move_is_refused(fused: FusedQwen35) -> None:
+    caches = fused.head_caches()
+    begin(caches)
+    hidden = mx.zeros((8, 256), mx.float16)
+    with pytest.raises(RuntimeError, match="after its first pass"):
+        for _ in range(9):
+            fused.head(TOKENS[:8], hidden, [Segment(caches, 8)])
+
+
+def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
+    model, reason = fused_or_stock(stock, Registry())
+    assert model is stock
+    assert reason == "no GPU"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"head_dim": 128}, "heads of 128"), ({"linear_key_head_dim": 64, "linear_value_head_dim": 64}, "heads of 64")],
+)
+def test_unsupported_shapes_are_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        FusedQwen35(build(**changes), Registry())

@@ -1,0 +1,181 @@
+"""Shape and dtype errors, shared-memory arithmetic, and what can be read off the sources."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mtp_kernels
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta
+from mtp_kernels.few_row_matmul import Matrix
+from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
+
+FOLDER = Path(mtp_kernels.__file__).parent
+KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention"]
+BF16 = mx.bfloat16
+
+
+def matrix(features: int = 32, inputs: int = 256, bits: int = 4, group: int = 64, dtype: mx.Dtype = BF16) -> Matrix:
+    if bits == 16:
+        return Matrix(mx.zeros((features, inputs), dtype))
+    scales = mx.zeros((features, inputs // group), dtype)
+    return Matrix(mx.zeros((features, inputs * bits // 32), mx.uint32), scales, scales, bits, group)
+
+
+def rows(count: int = 2, inputs: int = 256, dtype: mx.Dtype = BF16) -> mx.array:
+    return mx.zeros((count, inputs), dtype)
+
+
+@pytest.mark.parametrize(
+    ("x", "matrices", "arguments", "message"),
+    [
+        (rows(), [], {}, "no matrix"),
+        (rows(33), [matrix()], {}, r"expected \[1..32, K\]"),
+        (rows(0), [matrix()], {}, r"expected \[1..32, K\]"),
+        (mx.zeros((2, 2, 256), BF16), [matrix()], {}, r"expected \[1..32, K\]"),
+        (rows(inputs=128), [matrix()], {}, "128 columns"),
+        (rows(dtype=mx.float32), [matrix()], {}, "neither bfloat16 nor float16"),
+        (rows(), [matrix(dtype=mx.float16)], {}, "like x"),
+        (rows(), [matrix(), matrix(bits=8)], {}, "differ in bits"),
+        (rows(inputs=192), [matrix(inputs=192)], {}, "no multiple of 128"),
+        (rows(inputs=384), [matrix(inputs=384, group=128)], {}, "no multiple of 256"),
+        (rows(), [replace(matrix(), bits=6)], {}, "."),
+        (rows(), [matrix(), matrix(features=16)], {"swiglu": True}, "one shape"),
+        (rows(), [matrix(), matrix()], {"swiglu": True, "residual": rows(2, 32)}, "not built"),
+        (rows(), [matrix()], {"residual": rows(2, 31)}, "residual is"),
+        (rows(), [matrix()], {"norm_weight": mx.zeros((255,), BF16)}, "norm_weight is"),
+        (rows(), [matrix()], {"norm_weight": mx.zeros((256,))}, "like x"),
+    ],
+)
+def test_matmul_refuses(x: mx.array, matrices: list[Matrix], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        few_row_matmul.few_row_matmul(x, matrices, **arguments)
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 136).map(lambda n: n * 256),
+    st.sampled_from([(4, 64), (4, 32), (8, 64), (16, 0)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_launch_fits_into_shared_memory(
+    count: int, inputs: int, form: tuple[int, int], swiglu: bool, norm: bool
+) -> None:
+    given_matrix = Matrix(mx.zeros((1, inputs * form[0] // 32 if form[0] < 16 else inputs), mx.uint32), bits=form[0])
+    given_matrix = replace(given_matrix, group_size=form[1])
+    if few_row_matmul._stages(1, inputs, *form, swiglu, norm) is None:
+        reason = few_row_matmul.supported([given_matrix] * (1 + swiglu), BF16, swiglu=swiglu)
+        assert reason == f"{inputs} inputs do not fit into shared memory"
+        return
+    tile = few_row_matmul._tile_rows(count, given_matrix, swiglu, norm)
+    stages = few_row_matmul._stages(tile, inputs, *form, swiglu, norm)
+    assert 1 <= tile <= count
+    assert stages is not None
+    assert stages >= 3
+    assert few_row_matmul._shared_bytes(tile, inputs, *form, swiglu, norm, stages) <= SHARED_MEMORY_BYTES
+
+
+def delta_weights() -> gated_delta.DeltaWeights:
+    return gated_delta.DeltaWeights(
+        mx.zeros((512, 4), BF16), mx.zeros((2,)), mx.zeros((2,), BF16), mx.zeros((128,), BF16), 1, 2, 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("fresh", (2, 771), "fresh is"),
+        ("fresh", (0, 772), "fresh is"),
+        ("pending", (1, 771), "pending is"),
+        ("recurrent", (1, 128, 128), "recurrent is"),
+        ("window", (4, 512), "window is"),
+    ],
+)
+def test_gated_delta_refuses_shapes(part: str, value: tuple[int, ...], message: str) -> None:
+    shapes = {"fresh": (2, 772), "pending": (1, 772), "recurrent": (2, 128, 128), "window": (3, 512)} | {part: value}
+    arrays = {name: mx.zeros(s, mx.float32 if name == "recurrent" else BF16) for name, s in shapes.items()}
+    state = gated_delta.DeltaState(arrays["recurrent"], arrays["window"], arrays["pending"])
+    with pytest.raises(ValueError, match=message):
+        gated_delta.gated_delta(arrays["fresh"], state, mx.array([0], dtype=mx.int32), delta_weights())
+
+
+def test_gated_delta_refuses_a_count_of_another_type() -> None:
+    state = gated_delta.DeltaState(mx.zeros((2, 128, 128)), mx.zeros((3, 512), BF16), mx.zeros((1, 772), BF16))
+    with pytest.raises(ValueError, match="keep"):
+        gated_delta.gated_delta(mx.zeros((1, 772), BF16), state, mx.array([0.0]), delta_weights())
+
+
+def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
+    return attention_inputs.AttentionShape(4, 2, mx.zeros((256,), BF16), mx.zeros((256,), BF16), 1e-6, rotary, 1e7)
+
+
+def test_attention_inputs_refuse() -> None:
+    position, tail = mx.array([0, 0], dtype=mx.int32), mx.zeros((2, 2, 64, 256), BF16)
+    projected = mx.zeros((1, 12 * 256), BF16)
+    with pytest.raises(ValueError, match="projected is"):
+        attention_inputs.attention_inputs(projected[:, :-1], tail, position, attention_shape())
+    with pytest.raises(ValueError, match="tail is"):
+        attention_inputs.attention_inputs(projected, tail[:, :, :-1], position, attention_shape())
+    with pytest.raises(ValueError, match="position"):
+        attention_inputs.attention_inputs(projected, tail, position[:1], attention_shape())
+    with pytest.raises(ValueError, match="48 rotary"):
+        attention_inputs.attention_inputs(projected, tail, position, attention_shape(rotary=48))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("queries", (1, 4, 128), "queries are"),
+        ("keys", (2, 2, 64, 256), "keys are"),
+        ("values", (1, 2, 32, 256), "values"),
+        ("tail", (2, 2, 32, 256), "tail is"),
+        ("projected", (1, 256), "projected is"),
+        ("queries", (33, 4, 256), "exceed 64"),
+    ],
+)
+def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> None:
+    shapes = {
+        "queries": (1, 4, 256),
+        "keys": (1, 2, 64, 256),
+        "values": (1, 2, 64, 256),
+        "tail": (2, 2, 64, 256),
+        "projected": (1, 12 * 256),
+    } | {part: value}
+    q, k, v, tail, projected = (mx.zeros(s, BF16) for s in shapes.values())
+    with pytest.raises(ValueError, match=message):
+        few_row_attention.few_row_attention(q, k, v, tail, mx.array([0, 0], dtype=mx.int32), projected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
+    text = (FOLDER / kernel / "kernel.cu").read_text()
+    assert not re.search(r"\batomic|\bred\.", text)
+
+
+def constant(kernel: str, name: str) -> int:
+    match = re.search(rf"constexpr int {name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
+    assert match, f"{kernel} has no {name}"
+    return int(match[1])
+
+
+def test_python_and_cuda_agree_on_constants() -> None:
+    assert constant("few_row_matmul", "kWarps") == few_row_matmul._WARPS
+    assert constant("few_row_matmul", "kTokens") == few_row_matmul.TILE_ROWS
+    assert constant("gated_delta", "kThreads") == gated_delta._THREADS
+    assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
+    assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
+    assert constant("few_row_attention", "kSplit") == few_row_attention._SPLIT
+    assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
+    assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_version_follows_its_source(kernel: str) -> None:
+    text = (FOLDER / kernel / "kernel.cu").read_text()
+    assert getattr(mtp_kernels, kernel).VERSION == version_of(text) != version_of(text + " ")
