@@ -15,7 +15,8 @@ from mtp_kernels.gated_delta import DeltaState
 from benchmarks.gpu_rounds import Prefilled
 from mlx_mtp_backend.cache import begin, commit
 from mlx_mtp_backend.families.base import Segment
-from mlx_mtp_backend.families.qwen3_5_fused import FusedAttention, FusedDelta, FusedQwen35, Product, pass_states
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, pass_states
+from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedDelta, Product
 
 # Nodes of MLX's graph that launch nothing.
 _VIEWS = {

@@ -11,7 +11,8 @@ from mtp_kernels.registry import Registry
 from mlx_mtp_backend.cache import LayerCache, abort, begin, commit
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
-from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, Unsupported, fused_or_stock
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused_or_stock
+from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
 
 TOKENS = mx.random.randint(0, 512, (96,), key=mx.random.key(3)).astype(mx.int32)
 # (rows of a pass, rows kept); the first is a prefill of which some rows are taken back.
@@ -155,7 +156,7 @@ def test_a_tail_that_cannot_move_is_refused(fused: FusedQwen35) -> None:
 def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
     model, reason = fused_or_stock(stock, Registry())
     assert model is stock
-    assert reason == "no GPU"
+    assert reason == "the kernels run on CUDA, this is cpu"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Qwen3.5's layers through the GPU kernels: weights taken from mlx-lm's modules, about five launches a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.positional_encoding import RoPE
+from mlx_lm.models.qwen3_5 import DecoderLayer, GatedDeltaNet
+from mlx_lm.models.qwen3_next import Qwen3NextAttention
+from mtp_kernels import attention_inputs as inputs_kernel
+from mtp_kernels import few_row_attention as attention_kernel
+from mtp_kernels import few_row_matmul as matmul_kernel
+from mtp_kernels import gated_delta as delta_kernel
+from mtp_kernels.attention_inputs.probe import case as inputs_case
+from mtp_kernels.few_row_attention.probe import case as attention_case
+from mtp_kernels.few_row_matmul.probe import case as matmul_case
+from mtp_kernels.gated_delta.probe import case as delta_case
+from mtp_kernels.registry import Registry
+
+from mlx_mtp_backend.cache import LayerCache
+from mlx_mtp_backend.families.base import Segment, split_rows
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache
+
+# What a layer's cache gives a pass and takes back from it.
+Arrays = list[mx.array]
+
+
+class Unsupported(Exception):
+    """This model cannot run through the kernels; the text says why."""
+
+
+def matrix_of(linear: Module) -> matmul_kernel.Matrix:
+    """The weights of an mlx-lm linear layer or (quantised) embedding.
+
+    Raises:
+        Unsupported: a quantisation other than affine, or a bias.
+    """
+    if "bias" in linear:
+        raise Unsupported("a projection has a bias")
+    if "scales" not in linear:
+        return matmul_kernel.Matrix(linear.weight)
+    if getattr(linear, "mode", "affine") != "affine":
+        raise Unsupported(f"quantisation mode {linear.mode}")
+    return matmul_kernel.Matrix(linear.weight, linear.scales, linear.biases, linear.bits, linear.group_size)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One launch's weights, with what is fused around them."""
+
+    matrices: Sequence[matmul_kernel.Matrix]
+    run: Callable[..., mx.array]
+    norm: mx.array | None = None
+    eps: float = 1e-6
+    swiglu: bool = False
+
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        return self.run(x, self.matrices, norm_weight=self.norm, eps=self.eps, residual=residual, swiglu=self.swiglu)
+
+
+def product(
+    registry: Registry,
+    linears: Sequence[Module],
+    dtype: mx.Dtype,
+    norm: RMSNorm | None = None,
+    *,
+    swiglu: bool = False,
+    residual: bool = False,
+) -> Product:
+    """A checked product over these layers' weights.
+
+    Raises:
+        Unsupported: the kernel does not have this format or shape.
+    """
+    matrices = [matrix_of(linear) for linear in linears]
+    if reason := matmul_kernel.supported(matrices, dtype, swiglu=swiglu):
+        raise Unsupported(reason)
+    case = matmul_case(matrices, dtype, norm=norm is not None, swiglu=swiglu, residual=residual)
+    run = registry.resolve(case)
+    if norm is None:
+        return Product(matrices, run, swiglu=swiglu)
+    return Product(matrices, run, norm.weight, norm.eps, swiglu)
+
+
+class FusedMLP:
+    """RMSNorm, gate, up and SwiGLU in one launch, down and the residual in another."""
+
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+        mlp = layer.mlp
+        if not hasattr(mlp, "gate_proj"):
+            raise Unsupported("a mixture of experts")
+        self.enter = product(registry, [mlp.gate_proj, mlp.up_proj], dtype, layer.post_attention_layernorm, swiglu=True)
+        self.leave = product(registry, [mlp.down_proj], dtype, residual=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.leave(self.enter(x), residual=x)
+
+
+class FusedDelta:
+    """A Gated DeltaNet layer in three launches, and its MLP."""
+
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+        net: GatedDeltaNet = layer.linear_attn
+        self.weights = delta_kernel.DeltaWeights(
+            conv=net.conv1d.weight.reshape(net.conv_dim, -1),
+            a_log=net.A_log.astype(mx.float32),
+            dt_bias=net.dt_bias.astype(dtype),
+            norm=net.norm.weight,
+            key_heads=net.num_k_heads,
+            value_heads=net.num_v_heads,
+            eps=net.norm.eps,
+        )
+        if net.head_k_dim != delta_kernel.HEAD_DIM or net.head_v_dim != delta_kernel.HEAD_DIM:
+            raise Unsupported(f"Gated DeltaNet heads of {net.head_k_dim} and {net.head_v_dim}")
+        if reason := delta_kernel.supported(self.weights, dtype):
+            raise Unsupported(reason)
+        mx.eval(self.weights.conv, self.weights.a_log, self.weights.dt_bias)
+        projections = [net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a]
+        self.enter = product(registry, projections, dtype, layer.input_layernorm)
+        self.run = registry.resolve(delta_case(self.weights, dtype))
+        self.leave = product(registry, [net.out_proj], dtype, residual=True)
+        self.mlp = FusedMLP(layer, dtype, registry)
+
+    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
+        projected = self.enter(x)
+        outputs, after = [], []
+        for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
+            fresh = projected if len(parts) == 1 else projected[part]
+            state = delta_kernel.DeltaState(recurrent, window, pending)
+            y, recurrent, window = self.run(fresh, state, keep, self.weights)
+            outputs.append(y)
+            after.append([recurrent, window, fresh])
+        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+
+    def many_rows(
+        self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
+    ) -> mx.array:
+        """The layer without its MLP over normed rows [1, N, hidden], its recurrence in one launch a sequence."""
+        net: GatedDeltaNet = stock.linear_attn
+        parts = [net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)]
+        projected = mx.concatenate(parts, axis=-1).squeeze(0)
+        outputs = []
+        for cache, part in zip(caches, split_rows(segments), strict=True):
+            assert isinstance(cache, FusedDeltaCache)
+            outputs.append(cache.run_many(projected[part]))
+        mixed: mx.array = net.out_proj(mx.expand_dims(_joined(outputs), 0))
+        return mixed
+
+
+class FusedAttention:
+    """A gated full-attention layer in five launches, and its MLP."""
+
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+        net: Qwen3NextAttention = layer.self_attn
+        if type(net.rope) is not RoPE:
+            raise Unsupported(f"rotary embedding {type(net.rope).__name__}")
+        self.shape = inputs_kernel.AttentionShape(
+            heads=net.num_attention_heads,
+            kv_heads=net.num_key_value_heads,
+            q_norm=net.q_norm.weight,
+            k_norm=net.k_norm.weight,
+            eps=net.q_norm.eps,
+            rotary=net.rope.dims,
+            theta=net.rope.base,
+        )
+        reason = inputs_kernel.supported(self.shape, dtype) or attention_kernel.supported(
+            self.shape.heads, self.shape.kv_heads, net.head_dim, dtype
+        )
+        if reason:
+            raise Unsupported(reason)
+        self.enter = product(registry, [net.q_proj, net.k_proj, net.v_proj], dtype, layer.input_layernorm)
+        self.prepare = registry.resolve(inputs_case(self.shape, dtype))
+        self.attend = registry.resolve(attention_case(self.shape.heads, self.shape.kv_heads, dtype))
+        self.leave = product(registry, [net.o_proj], dtype, residual=True)
+        self.mlp = FusedMLP(layer, dtype, registry)
+
+    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
+        projected = self.enter(x)
+        outputs, after = [], []
+        for (keys, values, tail, position), part in zip(states, parts, strict=True):
+            own = projected if len(parts) == 1 else projected[part]
+            queries, tail = self.prepare(own, tail, position, self.shape)
+            outputs.append(self.attend(queries, keys, values, tail, position, own))
+            after.append([tail])
+        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+
+
+def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> FusedDelta | FusedAttention:
+    """The layer through the kernels.
+
+    Raises:
+        Unsupported: it cannot be.
+    """
+    return (FusedDelta if layer.is_linear else FusedAttention)(layer, dtype, registry)
