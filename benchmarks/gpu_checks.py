@@ -1,4 +1,4 @@
-"""Property tests of every kernel on this GPU: `python benchmarks/gpu_checks.py`. Exits 1 when one fails.
+"""Property tests of every kernel on this GPU (CUDA or Metal): `python benchmarks/gpu_checks.py`. Exits 1 when one fails.
 
 Fresh random inputs, a few hundred output features that fill no last tile, several matrices in a launch. Each case is
 compared with its reference, and rows in passes of 1, 3 and 5 with rows in a pass of 8, bit for bit.
@@ -21,6 +21,7 @@ from mtp_kernels.few_row_matmul import Matrix  # noqa: E402
 from mtp_kernels.few_row_matmul.probe import case as matmul_case  # noqa: E402
 from mtp_kernels.gated_delta import DeltaWeights  # noqa: E402
 from mtp_kernels.gated_delta.probe import case as delta_case  # noqa: E402
+from mtp_kernels.launch import platform  # noqa: E402
 from mtp_kernels.registry import Case, check  # noqa: E402
 
 FORMATS = [(4, 64), (4, 32), (4, 128), (8, 64), (8, 32), (8, 128), (16, 0)]
@@ -81,14 +82,14 @@ def cases() -> list[Callable[[], Case]]:
 
 
 def main() -> None:
-    if not mx.cuda.is_available():
-        sys.exit("benchmarks/gpu_checks.py needs an NVIDIA GPU and MLX's CUDA backend")
+    if platform() == "cpu":
+        sys.exit("benchmarks/gpu_checks.py needs a GPU that MLX runs on")
     mx.random.seed(int.from_bytes(b"mtp"))
     failed = 0
     for make in cases():
         case = make()
         choice = check(case, rows=(1, 3, 5))
-        good = choice.implementation == "cuda"
+        good = choice.implementation == platform()
         failed += not good
         dtype = str(case.dtype).removeprefix("mlx.core.")
         error = "-" if choice.error is None else f"{choice.error:.1e}"

@@ -32,6 +32,7 @@ class Launch(Protocol):
     ) -> list[mx.array]: ...
 
 
+METAL_TYPES = {mx.bfloat16: "bfloat16_t", mx.float16: "half", mx.float32: "float"}
 CUDA_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
 
 
@@ -63,6 +64,20 @@ def cuda_launch(
         source=body,
         header=header,
         shared_memory=shared_memory,
+    )
+    return cast(Launch, kernel)
+
+
+@functools.cache
+def metal_launch(name: str, header: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Launch:
+    """Callable for one Metal kernel, compiled at its first evaluation."""
+    digest = version_of(header, body, ",".join(inputs), ",".join(outputs))
+    kernel = mx.fast.metal_kernel(
+        name=f"mtp_{name}_{digest}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=body,
+        header=header,
     )
     return cast(Launch, kernel)
 

@@ -138,7 +138,7 @@ def fused_or_stock(stock: Qwen35, registry: Registry) -> tuple[Qwen35, str | Non
     host, which is slower than stock.
     """
     if platform() != "cuda":
-        return stock, f"the kernels run on CUDA, this is {platform()}"
+        return stock, f"the step through the kernels is for CUDA, this is {platform()}"
     try:
         fused = FusedQwen35(stock, registry)
     except Unsupported as reason:

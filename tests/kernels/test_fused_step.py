@@ -156,7 +156,7 @@ def test_a_tail_that_cannot_move_is_refused(fused: FusedQwen35) -> None:
 def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
     model, reason = fused_or_stock(stock, Registry())
     assert model is stock
-    assert reason == "the kernels run on CUDA, this is cpu"
+    assert reason == "the step through the kernels is for CUDA, this is cpu"
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,13 @@ def test_python_and_cuda_agree_on_constants() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_version_follows_its_source(kernel: str) -> None:
-    text = (FOLDER / kernel / "kernel.cu").read_text()
-    assert getattr(mtp_kernels, kernel).VERSION == version_of(text) != version_of(text + " ")
+def test_a_version_follows_its_sources(kernel: str) -> None:
+    texts = [(FOLDER / kernel / name).read_text() for name in ("kernel.cu", "kernel.metal", "metal.py")]
+    assert version_of(*texts) == getattr(mtp_kernels, kernel).VERSION
+    for changed in range(3):
+        assert version_of(*(text + " " * (i == changed) for i, text in enumerate(texts))) != version_of(*texts)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_metal_says_that_it_is_unproved(kernel: str) -> None:
+    assert "UNPROVED" in (FOLDER / kernel / "kernel.metal").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,6 +93,13 @@ def test_a_platform_without_the_kernel_falls_back() -> None:
     registry = Registry()
     assert registry.resolve(case(crashing, platforms=("metal",))) is right
     assert registry.status()["kernels"][0]["reason"] == "not built for cuda"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_unproved_kernel_runs_once_checked_and_says_so() -> None:
+    registry = Registry()
+    assert registry.resolve(replace(case(right), unproved=frozenset({"cuda"}))) is right
+    assert registry.status()["kernels"][0]["reason"] == "checked on this device; unproved elsewhere"
 
 
 class Counting:

@@ -10,7 +10,8 @@ import math
 
 import mlx.core as mx
 
-from ..launch import CUDA_TYPES, cuda_launch, source_text, version_of
+from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from . import metal
 from .reference import HEAD_DIM, AttentionShape, reference, rotate
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 TAIL = 64
 """Positions that a tail holds."""
 _WARPS = 8
-VERSION = version_of(source_text(__file__, "kernel.cu"))
+VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
 def supported(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
@@ -57,7 +58,7 @@ def check(projected: mx.array, tail: mx.array, position: mx.array, shape: Attent
 def attention_inputs(
     projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape
 ) -> tuple[mx.array, mx.array]:
-    """Prepares few rows of a gated attention layer, on CUDA.
+    """Prepares few rows of a gated attention layer.
 
     Args:
         projected: `[M, width]` projections: q and gate per head, k, v.
@@ -76,6 +77,8 @@ def attention_inputs(
     reason = supported(shape, projected.dtype)
     if reason:
         raise ValueError(reason)
+    if platform() == "metal":
+        return metal.launch(projected, tail, position, shape)
     rows = projected.shape[0]
     body = f"""
   attention_inputs::run<{CUDA_TYPES[projected.dtype]}, {shape.rotary}, {TAIL}>(projected, tail, position, q_weight,

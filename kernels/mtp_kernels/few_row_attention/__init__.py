@@ -8,7 +8,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..attention_inputs import TAIL
-from ..launch import CUDA_TYPES, cuda_launch, source_text, version_of
+from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from . import metal
 from .reference import HEAD_DIM, reference
 
 __all__ = ["MAX_QUERIES", "VERSION", "check", "few_row_attention", "reference", "supported"]
@@ -17,7 +18,7 @@ MAX_QUERIES = 64
 """Most rows times query heads per KV head in one pass."""
 _SPLIT = 64
 _THREADS = 256
-VERSION = version_of(source_text(__file__, "kernel.cu"))
+VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
 def supported(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> str | None:
@@ -51,7 +52,7 @@ def check(queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, p
 def few_row_attention(
     queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
 ) -> mx.array:
-    """Causal attention of the newest rows, gated, on CUDA.
+    """Causal attention of the newest rows, gated.
 
     Args:
         queries: `[M, heads, 256]`, normed and rotated; the scale 256 ** -0.5 is applied here.
@@ -72,6 +73,8 @@ def few_row_attention(
     reason = supported(heads, kv_heads, queries.shape[2], queries.dtype)
     if reason:
         raise ValueError(reason)
+    if platform() == "metal":
+        return metal.launch(queries, keys, values, tail, position, projected)
     group = heads // kv_heads
     splits = (capacity + TAIL - 1) // _SPLIT + 1
     header = source_text(__file__, "kernel.cu")

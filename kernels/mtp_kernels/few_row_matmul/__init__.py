@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, source_text, version_of
+from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, platform, source_text, version_of
+from . import metal
 from .reference import Matrix, reference, stock
 
 __all__ = ["VERSION", "Matrix", "few_row_matmul", "reference", "stock", "supported"]
@@ -19,7 +20,7 @@ TILE_ROWS = 8
 _THREADS = 512
 _WARPS = 16
 _MAX_STAGES = 6
-VERSION = version_of(source_text(__file__, "kernel.cu"))
+VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
 def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = False) -> str | None:
@@ -52,7 +53,7 @@ def few_row_matmul(
     swiglu: bool = False,
     out_dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """Product of few rows with one or more weight matrices in one launch (per 8 rows or fewer), on CUDA.
+    """Product of few rows with one or more weight matrices in one launch (per 8 rows or fewer).
 
     Args:
         x: `[M, K]` bfloat16 or float16, 1 <= M <= 32.
@@ -153,6 +154,8 @@ def _launch(
     swiglu: bool,
     out_dtype: mx.Dtype,
 ) -> mx.array:
+    if platform() == "metal":
+        return metal.launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype)
     rows, inputs = x.shape
     first = matrices[0]
     stages = _stages(rows, inputs, first.bits, first.group_size, swiglu, norm_weight is not None)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..launch import CUDA_TYPES, cuda_launch, source_text, version_of
+from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from . import metal
 from .reference import HEAD_DIM, DeltaState, DeltaWeights, reference
 
 __all__ = ["HEAD_DIM", "VERSION", "DeltaState", "DeltaWeights", "gated_delta", "reference", "supported"]
 
 _THREADS = 512
-VERSION = version_of(source_text(__file__, "kernel.cu"))
+VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
 def supported(weights: DeltaWeights, dtype: mx.Dtype) -> str | None:
@@ -46,7 +47,7 @@ def check(fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeig
 def gated_delta(
     fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Replays `keep` rows of the last pass, then runs this pass's rows, on CUDA.
+    """Replays `keep` rows of the last pass, then runs this pass's rows.
 
     Args:
         fresh: `[M, width]` projections of this pass, columns q | k | v | z | b | a.
@@ -66,6 +67,8 @@ def gated_delta(
     reason = supported(weights, fresh.dtype)
     if reason:
         raise ValueError(reason)
+    if platform() == "metal":
+        return metal.launch(fresh, state, keep, weights, settle)
     body = f"""
   gated_delta::run<{CUDA_TYPES[fresh.dtype]}, {str(settle).lower()}>(fresh, kept, keep, window, state,
       conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, fresh_shape[0],
