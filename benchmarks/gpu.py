@@ -271,9 +271,11 @@ def figures(report: dict[str, Any], bandwidth: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="*", default=["27b", "4b"], choices=[*SHAPES, []])
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all when none is given")
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<device>-<date>.json")
     args = parser.parse_args()
+    if unknown := set(args.shapes) - SHAPES.keys():
+        parser.error(f"unknown shape {', '.join(sorted(unknown))}; known: {', '.join(SHAPES)}")
     if not mx.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs an NVIDIA GPU and MLX's CUDA backend")
     device = str(mx.device_info()["device_name"])
@@ -291,7 +293,7 @@ def main() -> None:
         "shapes": {},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.shapes:
+    for name in args.shapes or SHAPES:
         report: dict[str, Any] = {}
         result["shapes"][name] = report
 

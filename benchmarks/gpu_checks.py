@@ -1,4 +1,4 @@
-"""Property tests of every kernel on this GPU (CUDA or Metal): `python benchmarks/gpu_checks.py`. Exits 1 when one fails.
+"""Property tests of every kernel on this GPU, CUDA or Metal: `python benchmarks/gpu_checks.py`; exits 1 on a failure.
 
 Fresh random inputs, a few hundred output features that fill no last tile, several matrices in a launch. Each case is
 compared with its reference, and rows in passes of 1, 3 and 5 with rows in a pass of 8, bit for bit.
