@@ -304,9 +304,9 @@ async def test_count_tokens_agrees_with_generation(backend: LlamaCppBackend, scr
         assert counted.context_length == 256
 
 
-@pytest.mark.skipif("MTP_ROUTER_TEST_GGUF" not in os.environ, reason="MTP_ROUTER_TEST_GGUF names no model")
+@pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no model")
 async def test_a_real_model_answers(backend: LlamaCppBackend) -> None:
-    model = entry(Path(os.environ["MTP_ROUTER_TEST_GGUF"]), context_length=1024)
+    model = entry(Path(os.environ["SMOLLM2_GGUF"]), context_length=1024)
     prompt = MessagesPrompt((Message(Role.USER, "What is the capital of France? Answer with one sentence."),))
     events = await collect(backend, model, GenerationRequest("m", prompt, GREEDY, Stop(max_output_tokens=40)))
     assert "Paris" in text(events)
