@@ -56,6 +56,7 @@ class FusedDeltaCache:
 
     def give(self, rows: int, on_device: OnDevice) -> list[mx.array]:
         """Recurrent state, window, pending rows, and how many of those count."""
+        self._refuse_second_pass()
         state = self._pending.state
         return [state.recurrent, state.window, state.pending, on_device(self._pending.kept)]
 
@@ -65,23 +66,32 @@ class FusedDeltaCache:
 
     def run_many(self, rows: mx.array) -> mx.array:
         """A prefill pass: output rows for projection rows [N, width], which all reach the state at once."""
-        y, recurrent, window = self._run(rows, self._mark.state, self._mark.keep(), self._weights, settle=True)
-        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
+        self._refuse_second_pass()
         self._many = rows
-        return y
+        return self._absorb(rows)
 
     def commit(self, keep: int | mx.array) -> None:
         if isinstance(keep, int) and keep == 0:
             self.abort()
-        elif self._many is None:
+            return
+        if self._many is None:
             self._pending = replace(self._pending, kept=keep)
         elif (count := _host(keep)) < self._many.shape[0]:
-            self.run_many(self._many[:count])
-        self._many = None
+            self._absorb(self._many[:count])
+        self._mark, self._many = self._pending, None
 
     def abort(self) -> None:
-        self._pending = self._mark
-        self._many = None
+        self._pending, self._many = self._mark, None
+
+    def _absorb(self, rows: mx.array) -> mx.array:
+        """Runs rows from the state at `begin` into the present state."""
+        y, recurrent, window = self._run(rows, self._mark.state, self._mark.keep(), self._weights, settle=True)
+        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
+        return y
+
+    def _refuse_second_pass(self) -> None:
+        if self._pending is not self._mark:
+            raise RuntimeError("a second pass in one transaction")
 
     @property
     def arrays(self) -> list[mx.array]:

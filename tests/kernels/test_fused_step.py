@@ -153,6 +153,16 @@ def test_a_tail_that_cannot_move_is_refused(fused: FusedQwen35) -> None:
             fused.head(TOKENS[:8], hidden, [Segment(caches, 8)])
 
 
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 12), (12, 2), (12, 12)])
+def test_a_second_pass_in_one_transaction_is_refused(fused: FusedQwen35, first: int, second: int) -> None:
+    """Its rows alone would be counted by `commit`."""
+    caches = fused.trunk_caches()
+    begin(caches)
+    fused.trunk(TOKENS[:first], [Segment(caches, first)])
+    with pytest.raises(RuntimeError, match="second pass"):
+        fused.trunk(TOKENS[:second], [Segment(caches, second)])
+
+
 def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
     model, reason = fused_or_stock(stock, Registry())
     assert model is stock
