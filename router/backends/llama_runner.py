@@ -121,11 +121,12 @@ class ModelRunner:
         child, self._child = self._child, None
         if self._loading is not None:
             self._abandon_load()
-        for watcher in self._watchers:
+        watchers = set(self._watchers)  # a request may load a new child meanwhile, whose watcher stays
+        for watcher in watchers:
             watcher.cancel()
         if child is not None:
             await child.close()
-        await asyncio.gather(*self._watchers, *self._abandoned, return_exceptions=True)
+        await asyncio.gather(*watchers, *self._abandoned, return_exceptions=True)
         self._failures, self._not_before, self.error = 0, 0.0, None
         if self._loading is None:  # nobody asked for it meanwhile
             self._become(ModelState.COLD)
