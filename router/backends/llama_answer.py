@@ -120,6 +120,8 @@ class Answer:
         yield from self._start()
         yield from self._delta(choice["delta"] if choice else event, choice or event)
         if final.get("stop"):
+            if final["stop_type"] == "limit" and self._output_tokens > self._reported_tokens:  # cut inside a character
+                yield Delta(token_count=self._output_tokens - self._reported_tokens)
             yield self._finish(*self._reason(final))
         elif choice and choice["finish_reason"]:
             raise broken_stream()
@@ -127,7 +129,7 @@ class Answer:
     def _start(self) -> Iterator[Event]:
         if not self.started:
             self.started = True
-            yield Started(self._prompt_tokens)
+            yield Started(self._prompt_tokens or None)  # none was counted yet where the time ran out first
 
     def _delta(self, piece: Json, carrier: Json) -> Iterator[Event]:
         text, thought = piece.get("content") or "", piece.get("reasoning_content") or ""

@@ -38,6 +38,7 @@ from router.settings import LlamaCppSettings
 
 # Failures after which the child is looked at: it may have ended or hang.
 SUSPICIOUS = (ErrorReason.BACKEND_UNAVAILABLE, ErrorReason.BACKEND_FAILED, ErrorReason.BACKEND_STALLED)
+MAX_COUNTING = 2  # requests to count tokens that a child gets at once
 MAX_SEED = 2**32 - 2  # the next one asks llama.cpp to draw a seed of its own
 
 
@@ -79,6 +80,7 @@ class LlamaCppBackend:
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._closed = False
         self._client = new_client()
+        self._counting = asyncio.Semaphore(MAX_COUNTING)
 
     async def start(self) -> None:
         """Nothing to do: children start with their models."""
@@ -150,7 +152,11 @@ class LlamaCppBackend:
             served.admission.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
-        """Counts by llama.cpp's own template and tokenizer."""
+        """Counts by llama.cpp's own template and tokenizer, few requests at a time: a long text takes much memory."""
+        async with self._counting:
+            return await self._count(model, request)
+
+    async def _count(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         runner = self._serve(model).runner
         child = await runner.ready()
         refuse_foreign_tokens(request, runner.limits)
@@ -214,7 +220,7 @@ class LlamaCppBackend:
 
     def _serve(self, model: ModelEntry) -> _Model:
         if self._closed:
-            raise RouterError(ErrorReason.DRAINING, "the router is shutting down")
+            raise RouterError(ErrorReason.DRAINING, "the router is shutting down", retry_after=1.0)
         if model.name not in self._models:
             runner = ModelRunner(self._child_config(model), self._settings, self._client, self._tell)
             self._models[model.name] = _Model(runner, Admission(self._settings.parallel, self._settings.max_queued))

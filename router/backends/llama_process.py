@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import secrets
@@ -24,6 +25,7 @@ STDERR_LINE_BYTES = 2**16  # more of one line than this is thrown away
 TERMINATE_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 
+@functools.cache
 def engine_version() -> str:
     """The llama.cpp build inside the installed xllamacpp, such as "llama.cpp b11549"; "" if it is not installed."""
     try:

@@ -93,7 +93,9 @@ class ModelRunner:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if loading.cancelled() and task is not None and not task.cancelling():
-                raise RouterError(ErrorReason.BACKEND_UNAVAILABLE, "the model was unloaded while it loaded") from None
+                raise RouterError(
+                    ErrorReason.BACKEND_UNAVAILABLE, "the model was unloaded while it loaded", retry_after=PATIENCE
+                ) from None
             raise
         finally:
             self._waiting -= 1
