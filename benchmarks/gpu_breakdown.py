@@ -75,7 +75,8 @@ def launches(model: FusedQwen35, sequence: Prefilled) -> dict[str, int]:
             mx.export_to_dot(str(path), token)
             nodes = re.findall(r'label ="(\w+)", shape=rectangle', path.read_text(encoding="utf-8"))
         counts[name] = sum(node not in _VIEWS for node in nodes)
-        commit(sequence.trunk, 0)
+        mx.eval(token)
+        commit(sequence.trunk, rows)
     return counts
 
 

@@ -175,6 +175,7 @@ class EngineOptions:
         max_waiting: further streams accepted; beyond, submit raises QUEUE_FULL.
         stream_buffer: tokens that wait unread before a stream is paused.
         slow_reader_limit: seconds a stream may stay paused before it is cut.
+        kernel_checks: JSON file that keeps what the kernels' checks found on this device; None checks at every start.
     """
 
     device: str | None = None
@@ -183,6 +184,7 @@ class EngineOptions:
     max_waiting: int = 256
     stream_buffer: int = 1024
     slow_reader_limit: float = 30.0
+    kernel_checks: Path | None = None
 
     def __post_init__(self) -> None:
         _require(self.device in (None, "cpu", "gpu"), "device", "cpu, gpu or None")

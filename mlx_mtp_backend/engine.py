@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +55,10 @@ class Engine:
         self._thread.start()
 
     def _run(self) -> None:
+        if sys.platform == "linux":
+            # With CUDA MLX would cut a pass over large weights into a graph every few launches. Read at first use.
+            os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "60")
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
         # Imported here: MLX must not be imported before a BLAS is interposed, nor by callers that only inspect.
         from mlx_mtp_backend.worker import Worker
 

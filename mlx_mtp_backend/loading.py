@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend import numerics, wiring
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Rule, WiringPolicy
@@ -40,8 +41,11 @@ class Resident:
     options: LoadOptions
 
 
-def load(name: str, path: Path, options: LoadOptions) -> Generator[LoadProgress, None, Resident]:
+def load(name: str, path: Path, options: LoadOptions, registry: Registry) -> Generator[LoadProgress, None, Resident]:
     """Load one checkpoint, a slice at a time; the model is the return value.
+
+    Args:
+        registry: decides which kernels run on this device.
 
     Raises:
         EngineError: what inspection raises, FAMILY_UNSUPPORTED, WEIGHTS_MISMATCH, or HEAD_MISWIRED under
@@ -54,6 +58,9 @@ def load(name: str, path: Path, options: LoadOptions) -> Generator[LoadProgress,
     dtype = _dtype(report)
     driver = cast(Driver, importlib.import_module(str(report.trunk_driver)))
     model = yield from driver.load(path, options, dtype)
+    model, stock_because = yield from driver.accelerate(model, registry)
+    if stock_because is not None:
+        log.info("%s runs on stock operations: %s", name, stock_because)
     replay, reason = yield from numerics.replay_class(model)
     wired = yield from _check_wiring(model, text, options)
     info = LoadedModel(
@@ -66,6 +73,8 @@ def load(name: str, path: Path, options: LoadOptions) -> Generator[LoadProgress,
         has_head=model.has_head,
         depth=options.depth if model.has_head else 0,
         weight_bytes=model.weight_bytes,
+        kernels=model.kernels,
+        stock_because=stock_because,
         load_seconds=time.monotonic() - started,
         replay=replay,
         replay_reason=reason,

@@ -22,6 +22,8 @@ class LoadedModel:
         text: tokenizer and chat template; None where the checkpoint has no tokenizer.
         context_length: most tokens of prompt and reply together.
         depth: drafts per round where a request does not say; 0 without a head.
+        kernels: names and versions of the custom kernels in use, "none" for stock operations.
+        stock_because: why it runs on stock operations; None where kernels run.
         replay, replay_reason: what a seeded reply can promise, and the evidence.
         unseeded_rule: the acceptance rule of requests without a seed.
         wiring: the head's check; None if it was off or there is nothing to check.
@@ -36,6 +38,8 @@ class LoadedModel:
     has_head: bool
     depth: int
     weight_bytes: int
+    kernels: str
+    stock_because: str | None
     load_seconds: float
     replay: Replay
     replay_reason: str

@@ -41,6 +41,7 @@ class Recipe:
         wrapper: the multimodal wrapper's names and a vision tensor, as the released files have them.
         head: where the head's tensors go: in the shards, mtp.safetensors, mtp/, or nowhere.
         interval: every how many layers one has full attention.
+        head_dim, linear_dim: size of attention and Gated DeltaNet heads; 256 and 128 are what the GPU kernels take.
     """
 
     kind: str = "history"
@@ -49,6 +50,8 @@ class Recipe:
     hidden: int = 64
     width: int = 96
     interval: int = 2
+    head_dim: int = 16
+    linear_dim: int = 16
     wrapper: bool = True
     tied: bool = False
     head: str = "shards"
@@ -91,11 +94,11 @@ def _text_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": recipe.head_dim,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        "linear_key_head_dim": recipe.linear_dim,
+        "linear_value_head_dim": recipe.linear_dim,
         "linear_conv_kernel_dim": 4,
         "full_attention_interval": recipe.interval,
         "max_position_embeddings": recipe.context,

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator
 
 import mlx.core as mx
+from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend import loading, rounds
 from mlx_mtp_backend.api import EngineOptions, FinishReason, LoadProgress
@@ -37,6 +38,7 @@ class Worker:
         self._options = options
         self._inbox = inbox
         self._board = board
+        self._registry = Registry(options.kernel_checks)
         self._residents: dict[str, Resident] = {}
         self._loads: deque[tuple[Load, Generator[LoadProgress, None, Resident]]] = deque()
         self._waiting: deque[Job] = deque()
@@ -92,11 +94,14 @@ class Worker:
             case Submit(params, stream, submitted):
                 self._waiting.append(Job(params, stream, submitted))
             case Load():
-                self._loads.append((command, loading.load(command.name, command.path, command.options)))
+                self._loads.append((command, self._loading(command)))
             case Unload():
                 self._unload(command)
             case Close():
                 self._closing = True
+
+    def _loading(self, command: Load) -> Generator[LoadProgress, None, Resident]:
+        return loading.load(command.name, command.path, command.options, self._registry)
 
     def _reap(self) -> None:
         """End what was cancelled or ran out of time, wherever it stands."""

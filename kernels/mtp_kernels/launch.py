@@ -1,6 +1,6 @@
 """From a kernel's source text to a callable launch.
 
-A CUDA kernel here is a header of device functions (`kernel.cu`) and a one-statement body that names the template
+A CUDA kernel here is a file of device functions (`kernel.cu`) and a one-statement body that names the template
 arguments. MLX keeps compiled code on disk by kernel name alone, so the name carries a digest of everything compiled.
 """
 
@@ -49,20 +49,23 @@ def version_of(*texts: str) -> str:
 
 @functools.cache
 def cuda_launch(
-    name: str, header: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_memory: int = 0
+    name: str, package_file: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_memory: int = 0
 ) -> Launch:
     """Callable for one CUDA kernel, compiled at its first evaluation.
 
-    `shared_memory` is dynamic shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so
-    the name carries that figure too.
+    The device functions of `kernel.cu` beside `package_file` are included by path: MLX hashes the text that it is given
+    at every launch, which for whole kernels takes longer than anything else on the host. `shared_memory` is dynamic
+    shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so the name carries that
+    figure too.
     """
-    digest = version_of(header, body, ",".join(inputs), ",".join(outputs), str(shared_memory))
+    functions = source_text(package_file, "kernel.cu")
+    digest = version_of(functions, body, ",".join(inputs), ",".join(outputs), str(shared_memory))
     kernel = mx.fast.cuda_kernel(
         name=f"mtp_{name}_{digest}",
         input_names=list(inputs),
         output_names=list(outputs),
         source=body,
-        header=header,
+        header=f'#include "{Path(package_file).resolve().with_name("kernel.cu").as_posix()}"\n',
         shared_memory=shared_memory,
     )
     return cast(Launch, kernel)

@@ -57,6 +57,10 @@ class Case:
     probe: Callable[[Run, int], list[mx.array]]
     unproved: frozenset[str] = frozenset()
 
+    def implementation(self, choice: Choice) -> Run:
+        """What to call under a choice made for this case."""
+        return self.fallback if choice.implementation == FALLBACK else self.launches[choice.implementation]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -93,11 +97,15 @@ class Registry:
 
     def resolve(self, case: Case) -> Run:
         """The implementation to call for this case: a checked kernel, or the fallback."""
+        return case.implementation(self.choose(case))
+
+    def choose(self, case: Case) -> Choice:
+        """What runs for this case, checked now if it has not been."""
         key = f"{case.kernel}:{case.version}:{case.dtype}:{case.shape}:{device_name()}:{MLX_VERSION}"
         choice = self._choices.get(key) or self._from_store(key) or check(case)
         self._choices[key] = choice
         self._save(key, choice)
-        return case.fallback if choice.implementation == FALLBACK else case.launches[choice.implementation]
+        return choice
 
     @property
     def fallbacks(self) -> int:
@@ -128,6 +136,30 @@ class Registry:
         temporary = self._cache_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._stored, indent=1), encoding="utf-8")
         temporary.replace(self._cache_file)
+
+
+class Selection:
+    """What one model runs: the registry's choices for the cases that it asks for."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._choices: list[Choice] = []
+
+    def resolve(self, case: Case) -> Run:
+        """The implementation to call for this case: a checked kernel, or the fallback."""
+        choice = self._registry.choose(case)
+        self._choices.append(choice)
+        return case.implementation(choice)
+
+    @property
+    def failed(self) -> list[Choice]:
+        """Choices that fell back."""
+        return [choice for choice in self._choices if choice.implementation == FALLBACK]
+
+    def versions(self) -> str:
+        """Kernels in use with the digests of their sources, `none` where nothing but fallbacks runs."""
+        used = {f"{c.kernel}:{c.version}" for c in self._choices if c.implementation != FALLBACK}
+        return ",".join(sorted(used)) or "none"
 
 
 def check(case: Case, rows: tuple[int, ...] = (1,)) -> Choice:

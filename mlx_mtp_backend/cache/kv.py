@@ -46,7 +46,7 @@ class KVCache:
         start, end = self.offset, self.offset + keys.shape[2]
         old_keys, old_values = self._keys, self._values
         if old_keys is None or old_values is None or end > old_keys.shape[2]:
-            self._keys, self._values = _grown(old_keys, keys, start, end), _grown(old_values, values, start, end)
+            self._keys, self._values = grown(old_keys, keys, start, end), grown(old_values, values, start, end)
         del old_keys, old_values
         assert self._keys is not None
         assert self._values is not None
@@ -56,10 +56,14 @@ class KVCache:
         return self._keys[..., :end, :], self._values[..., :end, :]
 
 
-def _grown(buffer: mx.array | None, rows: mx.array, used: int, needed: int) -> mx.array:
-    """A buffer with room for `needed` rows; by at least a quarter, so that a long reply copies it seldom."""
+def grown(buffer: mx.array | None, rows: mx.array, used: int, needed: int) -> mx.array:
+    """A buffer with room for more than `needed` rows; by at least a quarter, so that a long reply copies it seldom.
+
+    More, because MLX keeps an update that covers a whole array in place of it, in the update's own memory order, which
+    every kernel would then copy.
+    """
     present = 0 if buffer is None else buffer.shape[2]
-    size = -(-max(needed, present + present // 4) // STEP) * STEP
+    size = -(-max(needed + 1, present + present // 4) // STEP) * STEP
     batch, heads, _, width = rows.shape
     room = mx.zeros((batch, heads, size - used, width), rows.dtype)
     return room if buffer is None else mx.concatenate([buffer[..., :used, :], room], axis=2)

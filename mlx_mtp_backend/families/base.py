@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
+from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import LoadOptions, LoadProgress
 from mlx_mtp_backend.cache import LayerCache
@@ -85,6 +86,12 @@ class Driver(Protocol):
 
         Raises:
             EngineError: WEIGHTS_MISMATCH, HEAD_MISSING, or what inspection raises.
+        """
+
+    def accelerate(self, model: Model, registry: Registry) -> Generator[LoadProgress, None, tuple[Model, str | None]]:
+        """The loaded model through this device's kernels, or as it is and why.
+
+        A slice may take seconds: kernels are compiled and checked in it.
         """
 
 

@@ -6,20 +6,20 @@ through stock products and attention on the same caches. Few-row passes are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.launch import platform
-from mtp_kernels.registry import Registry
+from mtp_kernels.registry import Registry, Selection
 
-from mlx_mtp_backend.api import Norm
+from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
 from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
-from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache, OnDevice
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     Arrays,
     FusedAttention,
@@ -38,26 +38,27 @@ class FusedQwen35(Qwen35):
 
     Args:
         stock: the loaded model; its modules keep serving passes of many rows.
-        registry: decides, kernel by kernel, whether it runs here.
+        layers: its trunk's layers; see `fused_layers`.
+        selection: decides, kernel by kernel, whether it runs here.
 
     Raises:
         Unsupported: the kernels do not have this model's formats or shapes.
     """
 
-    def __init__(self, stock: Qwen35, registry: Registry) -> None:
+    def __init__(self, stock: Qwen35, layers: list[FusedDelta | FusedAttention], selection: Selection) -> None:
         super().__init__(stock.text, stock.mtp, stock.seed_norm, stock.recycle_norm)
         model = stock.text.model
         self._dtype = model.norm.weight.dtype
-        build = partial(fused_layer, dtype=self._dtype, registry=registry)
-        self.layers: list[FusedDelta | FusedAttention] = [build(layer) for layer in model.layers]
+        self.layers = layers
         output = model.embed_tokens if stock.text.args.tie_word_embeddings else stock.text.lm_head
-        self._output = product(registry, [output], self._dtype)
+        self._output = product(selection, [output], self._dtype)
         self._head_layers: list[FusedAttention] = []
         if stock.mtp is not None:
-            self._fc = product(registry, [stock.mtp.fc], self._dtype)
-            self._head_layers = [FusedAttention(layer, self._dtype, registry) for layer in stock.mtp.layers]
+            self._fc = product(selection, [stock.mtp.fc], self._dtype)
+            self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
-        self._compilable = registry.fallbacks == 0
+        self._compilable = not selection.failed
         self._compiled: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
 
     def trunk_caches(self) -> list[LayerCache]:
@@ -78,15 +79,22 @@ class FusedQwen35(Qwen35):
         return Hidden(normed, normed if self.seed_norm is Norm.POST else before)
 
     def _many_rows(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
-        """Prefill: stock operations, but for the recurrence, which off Metal they run row by row."""
+        """Prefill: stock operations, but for the recurrence, which off Metal they run row by row.
+
+        Layers are sent to the device one ahead of what it works on: each needs several hundred megabytes meanwhile.
+        """
         _settle(segments)
         x = self.text.model.embed_tokens(tokens)[None]
+        before = x
         for index, (layer, stock) in enumerate(zip(self.layers, self.text.model.layers, strict=True)):
             if isinstance(layer, FusedDelta):
                 x = x + layer.many_rows(stock, stock.input_layernorm(x), [s.caches[index] for s in segments], segments)
                 x = x + stock.mlp(stock.post_attention_layernorm(x))
             else:
                 x = decoder_rows(stock, x, segments, index)
+            mx.async_eval(x)  # type: ignore[no-untyped-call]
+            mx.eval(before)
+            before = x
         normed = self.text.model.norm(x)[0]
         return Hidden(normed, normed if self.seed_norm is Norm.POST else x[0])
 
@@ -131,21 +139,53 @@ class FusedQwen35(Qwen35):
         return before, normed
 
 
-def fused_or_stock(stock: Qwen35, registry: Registry) -> tuple[Qwen35, str | None]:
+def fused_layers(stock: Qwen35, selection: Selection) -> Generator[float, None, list[FusedDelta | FusedAttention]]:
+    """The trunk's layers through the kernels, one a step; yields the share that is done.
+
+    Raises:
+        Unsupported: the kernels do not have this model's formats or shapes.
+    """
+    dtype, layers = stock.text.model.norm.weight.dtype, []
+    for layer in stock.text.model.layers:
+        layers.append(fused_layer(layer, dtype, selection))
+        yield len(layers) / len(stock.text.model.layers)
+    return layers
+
+
+def fused(stock: Qwen35, registry: Registry) -> FusedQwen35:
+    """The whole model through the kernels, or their fallbacks. Raises Unsupported."""
+    selection = Selection(registry)
+    steps = fused_layers(stock, selection)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return FusedQwen35(stock, done.value, selection)
+
+
+def fused_or_stock(stock: Qwen35, registry: Registry) -> Generator[LoadProgress, None, tuple[Qwen35, str | None]]:
     """The model through the kernels, or the stock model and why it stays.
 
-    One kernel of the registry that failed its check keeps the whole stock model: fallbacks read positions back to the
+    One kernel that failed its check keeps the whole stock model: fallbacks read positions back to the
     host, which is slower than stock.
     """
     if platform() != "cuda":
         return stock, f"the step through the kernels is for CUDA, this is {platform()}"
+    selection = Selection(registry)
     try:
-        fused = FusedQwen35(stock, registry)
+        steps = fused_layers(stock, selection)
+        while True:
+            try:
+                yield LoadProgress("kernels", next(steps))
+            except StopIteration as done:
+                model = FusedQwen35(stock, done.value, selection)
+                break
     except Unsupported as reason:
         return stock, str(reason)
-    if registry.fallbacks:
-        return stock, "a kernel failed its check on this device; see the registry's status"
-    return fused, None
+    if selection.failed:
+        first = selection.failed[0]
+        return stock, f"kernel {first.kernel} ({first.shape}): {first.reason}"
+    return model, None
 
 
 def _through(
@@ -162,22 +202,13 @@ def _through(
 
 def pass_states(segment: Segment) -> list[Arrays]:
     """What each layer's cache gives the pass; layers share the small arrays that say where they are."""
-    shared: dict[tuple[int, ...], mx.array] = {}  # ids are safe as keys: the caches hold the arrays
-
-    def on_device(*numbers: int | mx.array) -> mx.array:
-        key = tuple(n if isinstance(n, int) else id(n) for n in numbers)
-        if key not in shared:
-            first, *rest = numbers
-            if isinstance(first, int):
-                shared[key] = mx.array(numbers, dtype=mx.int32)
-            else:  # a kept count as it is, or a position and the rows kept since
-                shared[key] = first + mx.array([0, 1], dtype=mx.int32) * rest[0] if rest else first
-        return shared[key]
-
+    on_device = OnDevice()
     states = []
     for cache in segment.caches:
         assert isinstance(cache, FusedDeltaCache | FusedKVCache)
         states.append(cache.give(segment.rows, on_device))
+    if on_device.apart:
+        mx.async_eval(on_device.apart)  # type: ignore[no-untyped-call]
     return states
 
 

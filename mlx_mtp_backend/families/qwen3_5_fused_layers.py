@@ -19,7 +19,7 @@ from mtp_kernels.attention_inputs.probe import case as inputs_case
 from mtp_kernels.few_row_attention.probe import case as attention_case
 from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
-from mtp_kernels.registry import Registry
+from mtp_kernels.registry import Selection
 
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Segment, split_rows
@@ -63,7 +63,7 @@ class Product:
 
 
 def product(
-    registry: Registry,
+    selection: Selection,
     linears: Sequence[Module],
     dtype: mx.Dtype,
     norm: RMSNorm | None = None,
@@ -80,7 +80,7 @@ def product(
     if reason := matmul_kernel.supported(matrices, dtype, swiglu=swiglu):
         raise Unsupported(reason)
     case = matmul_case(matrices, dtype, norm=norm is not None, swiglu=swiglu, residual=residual)
-    run = registry.resolve(case)
+    run = selection.resolve(case)
     if norm is None:
         return Product(matrices, run, swiglu=swiglu)
     return Product(matrices, run, norm.weight, norm.eps, swiglu)
@@ -89,12 +89,14 @@ def product(
 class FusedMLP:
     """RMSNorm, gate, up and SwiGLU in one launch, down and the residual in another."""
 
-    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> None:
         mlp = layer.mlp
         if not hasattr(mlp, "gate_proj"):
             raise Unsupported("a mixture of experts")
-        self.enter = product(registry, [mlp.gate_proj, mlp.up_proj], dtype, layer.post_attention_layernorm, swiglu=True)
-        self.leave = product(registry, [mlp.down_proj], dtype, residual=True)
+        self.enter = product(
+            selection, [mlp.gate_proj, mlp.up_proj], dtype, layer.post_attention_layernorm, swiglu=True
+        )
+        self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.leave(self.enter(x), residual=x)
@@ -103,7 +105,7 @@ class FusedMLP:
 class FusedDelta:
     """A Gated DeltaNet layer in three launches, and its MLP."""
 
-    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> None:
         net: GatedDeltaNet = layer.linear_attn
         self.weights = delta_kernel.DeltaWeights(
             conv=net.conv1d.weight.reshape(net.conv_dim, -1),
@@ -120,10 +122,10 @@ class FusedDelta:
             raise Unsupported(reason)
         mx.eval(self.weights.conv, self.weights.a_log, self.weights.dt_bias)
         projections = [net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a]
-        self.enter = product(registry, projections, dtype, layer.input_layernorm)
-        self.run = registry.resolve(delta_case(self.weights, dtype))
-        self.leave = product(registry, [net.out_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, registry)
+        self.enter = product(selection, projections, dtype, layer.input_layernorm)
+        self.run = selection.resolve(delta_case(self.weights, dtype))
+        self.leave = product(selection, [net.out_proj], dtype, residual=True)
+        self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
@@ -154,7 +156,7 @@ class FusedDelta:
 class FusedAttention:
     """A gated full-attention layer in five launches, and its MLP."""
 
-    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> None:
         net: Qwen3NextAttention = layer.self_attn
         if type(net.rope) is not RoPE:
             raise Unsupported(f"rotary embedding {type(net.rope).__name__}")
@@ -172,11 +174,11 @@ class FusedAttention:
         )
         if reason:
             raise Unsupported(reason)
-        self.enter = product(registry, [net.q_proj, net.k_proj, net.v_proj], dtype, layer.input_layernorm)
-        self.prepare = registry.resolve(inputs_case(self.shape, dtype))
-        self.attend = registry.resolve(attention_case(self.shape.heads, self.shape.kv_heads, dtype))
-        self.leave = product(registry, [net.o_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, registry)
+        self.enter = product(selection, [net.q_proj, net.k_proj, net.v_proj], dtype, layer.input_layernorm)
+        self.prepare = selection.resolve(inputs_case(self.shape, dtype))
+        self.attend = selection.resolve(attention_case(self.shape.heads, self.shape.kv_heads, dtype))
+        self.leave = product(selection, [net.o_proj], dtype, residual=True)
+        self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
@@ -193,10 +195,10 @@ def _joined(parts: list[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
 
-def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, registry: Registry) -> FusedDelta | FusedAttention:
+def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> FusedDelta | FusedAttention:
     """The layer through the kernels.
 
     Raises:
         Unsupported: it cannot be.
     """
-    return (FusedDelta if layer.is_linear else FusedAttention)(layer, dtype, registry)
+    return (FusedDelta if layer.is_linear else FusedAttention)(layer, dtype, selection)

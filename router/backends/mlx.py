@@ -42,7 +42,7 @@ from router.domain import (
 )
 from router.facts import THINKING_SWITCH
 from router.scheduler import Admission, Ticket
-from router.settings import MlxSettings
+from router.settings import MlxSettings, data_home
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class MlxBackend:
             max_streams=self._settings.parallel,
             max_waiting=self._settings.parallel,  # the line stands in front of the engine, in order of priority
             slow_reader_limit=self._settings.slow_reader_limit,
+            kernel_checks=data_home() / "kernel-checks.json",
         )
         loop = asyncio.get_running_loop()
 

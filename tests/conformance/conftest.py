@@ -10,8 +10,9 @@ from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
 
-# As the engine does on a CPU.
-mx.disable_compile()
+ON_GPU = mx.default_device().type == mx.gpu
+if not ON_GPU:
+    mx.disable_compile()  # as the engine does there
 
 PROMISES: list[tuple[str, str, int, str]] = []
 MUTATIONS: list[tuple[str, str]] = []
@@ -46,8 +47,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights; logits depend on every token before."""
-    return write(tmp_path_factory.mktemp("history"), Recipe(kind="history"))
+    """Random weights; logits depend on every token before. On a GPU in a shape that the kernels take."""
+    shape = {"hidden": 256, "width": 384, "head_dim": 256, "linear_dim": 128} if ON_GPU else {}
+    return write(tmp_path_factory.mktemp("history"), Recipe(kind="history", **shape))
 
 
 @pytest.fixture(scope="session")

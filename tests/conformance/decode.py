@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
+from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend import rounds, sequence
 from mlx_mtp_backend.api import LoadOptions, Rule, Sampling
@@ -34,7 +35,12 @@ def result(steps: Generator[object, None, Result]) -> Result:
 
 
 def load(path: Path) -> Model:
-    return result(qwen3_5_load.load(path, LoadOptions(), mx.float32))
+    """In fp32 on a CPU; on a GPU in bfloat16, through the kernels."""
+    on_gpu = mx.default_device().type == mx.gpu
+    stock = result(qwen3_5_load.load(path, LoadOptions(), mx.bfloat16 if on_gpu else mx.float32))
+    model, stock_because = result(qwen3_5_load.accelerate(stock, Registry()))
+    assert (stock_because is None) == on_gpu, stock_because
+    return model
 
 
 def start(

@@ -12,6 +12,7 @@ from mlx_mtp_backend.cache import LayerCache, abort, begin, commit
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused_or_stock
+from mlx_mtp_backend.families.qwen3_5_fused import fused as fused_model
 from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
 
 TOKENS = mx.random.randint(0, 512, (96,), key=mx.random.key(3)).astype(mx.int32)
@@ -53,7 +54,7 @@ def stock() -> Qwen35:
 
 @pytest.fixture(scope="module")
 def fused(stock: Qwen35) -> FusedQwen35:
-    return FusedQwen35(stock, Registry())
+    return fused_model(stock, Registry())
 
 
 class Driven:
@@ -94,7 +95,7 @@ def test_the_step_is_the_stock_step(stock: Qwen35, fused: FusedQwen35) -> None:
 
 def test_a_quantised_step_is_the_stock_step() -> None:
     stock = build(bits=4, num_hidden_layers=2, full_attention_interval=2)
-    one, other = Driven(stock), Driven(FusedQwen35(stock, Registry()))
+    one, other = Driven(stock), Driven(fused_model(stock, Registry()))
     for want, got in zip(one.run(3, 3), other.run(3, 3), strict=True):
         assert error(got, want) < 3e-2
 
@@ -164,7 +165,9 @@ def test_a_second_pass_in_one_transaction_is_refused(fused: FusedQwen35, first: 
 
 
 def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
-    model, reason = fused_or_stock(stock, Registry())
+    with pytest.raises(StopIteration) as end:
+        next(fused_or_stock(stock, Registry()))
+    model, reason = end.value.value
     assert model is stock
     assert reason == "the step through the kernels is for CUDA, this is cpu"
 
@@ -175,4 +178,4 @@ def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
 )
 def test_unsupported_shapes_are_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
-        FusedQwen35(build(**changes), Registry())
+        fused_model(build(**changes), Registry())

@@ -87,7 +87,7 @@ def attention_inputs(
 """
     kernel = cuda_launch(
         "attention_inputs",
-        source_text(__file__, "kernel.cu"),
+        __file__,
         body,
         ("projected", "tail", "position", "q_weight", "k_weight"),
         ("queries", "tail_out"),

@@ -77,12 +77,11 @@ def few_row_attention(
         return metal.launch(queries, keys, values, tail, position, projected)
     group = heads // kv_heads
     splits = (capacity + TAIL - 1) // _SPLIT + 1
-    header = source_text(__file__, "kernel.cu")
     kind = CUDA_TYPES[queries.dtype]
     scale = HEAD_DIM**-0.5
     partial = cuda_launch(
         "few_row_attention",
-        header,
+        __file__,
         f"""
   extern __shared__ __align__(16) float smem[];
   few_row_attention::partial<{kind}, {group}, {TAIL}>(queries, keys, values, tail, position, parts,
@@ -101,7 +100,7 @@ def few_row_attention(
     )
     join = cuda_launch(
         "few_row_attention_join",
-        header,
+        __file__,
         f"""
   few_row_attention::join<{kind}, {group}>(parts, reinterpret_cast<const float2*>(stats), projected, position, y,
       projected_shape[0], {kv_heads});

@@ -181,9 +181,7 @@ def _launch(
       {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
       {eps!r}f, smem);
 """
-    kernel = cuda_launch(
-        "few_row_matmul", source_text(__file__, "kernel.cu"), body, tuple(names), ("y",), SHARED_MEMORY_BYTES
-    )
+    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES)
     features = first.features if swiglu else sum(m.features for m in matrices)
     tiles = -(-first.features // 16) if swiglu else sum(-(-m.features // 16) for m in matrices)
     blocks = min(multiprocessors(), tiles)

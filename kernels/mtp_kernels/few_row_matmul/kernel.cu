@@ -122,33 +122,42 @@ __device__ __forceinline__ int fragment_slot(int v, int m, int rows) {
 }
 
 // Stages rows of x (times the norm weight) as fragments, with their sums per fold and of squares. One item is 256
-// values of one row, handled by one warp whatever the number of rows; loads of several items are in flight together.
+// values of one row, handled by one warp whatever the number of rows. A warp loads several items before it uses the
+// first, and these loads go out before those of weights, behind which they would wait.
 template <typename T, int BITS, int GROUP, bool NORM>
-__device__ __forceinline__ void stage_activations(const T* x, const T* norm_weight, int rows, int K, uint4* fragments,
-                                                  float* fold_sums, float* squares) {
+struct Activations {
   using S = Scalar<T>;
-  constexpr int kFoldVectors = Layout<T, BITS, GROUP>::kFold / 8;
-  constexpr int kBatch = 8;
-  const int vectors = K / 8, per_row = (vectors + 31) / 32, items = rows * per_row;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  for (int first = warp; first < items; first += kBatch * (kThreads / 32)) {
-    uint4 loaded[kBatch];
+  static constexpr int kBatch = NORM ? 5 : 8;
+  const uint4 *x, *norm_weight;
+  int rows, vectors, per_row, items;
+  uint4 loaded[kBatch], gains[NORM ? kBatch : 1];
+
+  __device__ __forceinline__ Activations(const T* x, const T* norm_weight, int rows, int K)
+      : x(reinterpret_cast<const uint4*>(x)), norm_weight(reinterpret_cast<const uint4*>(norm_weight)), rows(rows),
+        vectors(K / 8), per_row((K / 8 + 31) / 32), items(rows * ((K / 8 + 31) / 32)) {}
+
+  __device__ __forceinline__ void load(int first) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int item = first + j * (kThreads / 32), m = item / per_row, v = (item - m * per_row) * 32 + lane;
-      loaded[j] = make_uint4(0, 0, 0, 0);
-      if (item < items && v < vectors) loaded[j] = reinterpret_cast<const uint4*>(x)[static_cast<size_t>(m) * vectors + v];
+      const int item = first + j * kWarps, m = item / per_row, v = (item - m * per_row) * 32 + lane;
+      const bool live = item < items && v < vectors;
+      loaded[j] = live ? x[static_cast<size_t>(m) * vectors + v] : make_uint4(0, 0, 0, 0);
+      if constexpr (NORM) gains[j] = live ? norm_weight[v] : make_uint4(0, 0, 0, 0);
     }
+  }
+
+  __device__ __forceinline__ void store(int first, uint4* fragments, float* fold_sums, float* squares) const {
+    constexpr int kFoldVectors = Layout<T, BITS, GROUP>::kFold / 8;
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int item = first + j * (kThreads / 32), m = item / per_row, v = (item - m * per_row) * 32 + lane;
+      const int item = first + j * kWarps, m = item / per_row, v = (item - m * per_row) * 32 + lane;
       if (item >= items) break;
       unsigned r[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
       if constexpr (NORM) {
         float square = 0.0f;
-        uint4 nw = make_uint4(0, 0, 0, 0);
-        if (v < vectors) nw = reinterpret_cast<const uint4*>(norm_weight)[v];
-        const unsigned g[4] = {nw.x, nw.y, nw.z, nw.w};
+        const unsigned g[4] = {gains[j].x, gains[j].y, gains[j].z, gains[j].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float a = S::lo(r[i]), b = S::hi(r[i]);
@@ -177,7 +186,7 @@ __device__ __forceinline__ void stage_activations(const T* x, const T* norm_weig
       }
     }
   }
-}
+};
 
 // Scales and biases of the lane's two rows (g and g + 8) in one chunk, as packed pairs.
 template <typename T, int BITS, int GROUP>
@@ -396,10 +405,14 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) fetch(s);
-
-  stage_activations<T, BITS, GROUP, NORM>(x, norm_weight, rows, K, fragments, fold_sums, squares);
+  Activations<T, BITS, GROUP, NORM> activations(x, norm_weight, rows, K);
+  int filled = 0;
+  for (int first = warp; first < activations.items || filled < STAGES - 1; first += activations.kBatch * kWarps) {
+    activations.load(first);
+    const int goal = first + activations.kBatch * kWarps < activations.items ? min(filled + 2, STAGES - 1) : STAGES - 1;
+    while (filled < goal) fetch(filled++);
+    activations.store(first, fragments, fold_sums, squares);
+  }
   __syncthreads();
   if constexpr (NORM) {
     if (threadIdx.x < rows) {

@@ -76,7 +76,7 @@ def gated_delta(
 """
     kernel = cuda_launch(
         "gated_delta",
-        source_text(__file__, "kernel.cu"),
+        __file__,
         body,
         ("fresh", "kept", "keep", "window", "state", "conv_weight", "a_log", "dt_bias", "norm_weight"),
         ("y", "state_out", "window_out"),
