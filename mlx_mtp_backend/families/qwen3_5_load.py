@@ -12,12 +12,15 @@ from mlx.nn.layers.quantized import quantize
 from mlx_lm.models.qwen3_5 import Model as StockModel
 from mlx_lm.models.qwen3_5 import ModelArgs, TextModel, TextModelArgs
 from mlx_lm.utils import load_model
+from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Norm
 from mlx_mtp_backend.checkpoint import CheckpointFiles, find_tensors, read_config
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.families.layouts import head_name, qwen3_5_head
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
+from mlx_mtp_backend.families.qwen3_5_fused import fused_or_stock
 from mlx_mtp_backend.host import number
 
 # Norms whose weights lie near 0 when stored zero-centred and near 1 when not; q and k norms wander from both.
@@ -49,6 +52,12 @@ def load(path: Path, options: LoadOptions, dtype: mx.Dtype | None) -> Generator[
         mx.eval(module.parameters())
         yield LoadProgress("weights", done / len(slices))
     return Qwen35(text, head, options.seed_norm or Norm.POST, options.recycle_norm or Norm.POST)
+
+
+def accelerate(model: Model, registry: Registry) -> Generator[LoadProgress, None, tuple[Model, str | None]]:
+    """See families.base.Driver."""
+    assert isinstance(model, Qwen35)
+    return (yield from fused_or_stock(model, registry))
 
 
 def _open_trunk(path: Path) -> tuple[TextModel, dict[str, object]]:
