@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 from mlx_mtp_backend.errors import EngineError, ErrorReason
@@ -34,10 +35,39 @@ def interpose() -> Path:
         if "mlx.core" in sys.modules:
             raise EngineError(ErrorReason.BLAS_TOO_LATE, "MLX is imported already; interpose the BLAS first")
         try:
-            _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:  # it needs the system's libgfortran.so.5 (Debian and Ubuntu: libgfortran5)
-            raise EngineError(ErrorReason.BLAS_MISSING, f"OpenBLAS cannot be loaded: {error}") from error
+            _library = _load(path)
+        except OSError as error:
+            detail = f"OpenBLAS cannot be loaded: {error}; installing libgfortran5 (Debian, Ubuntu) may help"
+            raise EngineError(ErrorReason.BLAS_MISSING, detail) from error
     return path
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """The library with global symbols.
+
+    It needs libgfortran.so.5, which many systems lack and MLX's wheel carries under a name of its own. The linker looks
+    beside the library, so a folder of links, needed only while it loads, puts the one beside the other.
+    """
+    try:
+        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        carried = _carried_fortran()
+        if not carried:
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        for name, target in {path.name: path, **carried}.items():
+            (Path(folder) / name).symlink_to(target)
+        return ctypes.CDLL(str(Path(folder) / path.name), mode=ctypes.RTLD_GLOBAL)
+
+
+def _carried_fortran() -> dict[str, Path]:
+    """libgfortran and what it needs from the libraries beside MLX's package, under the names that are asked for."""
+    spec = importlib.util.find_spec("mlx")
+    for package in (spec.submodule_search_locations or []) if spec else []:
+        for fortran in sorted(Path(package).parent.glob("mlx_*.libs/libgfortran*.so.5*")):
+            beside = {file.name: file for file in fortran.parent.glob("libquadmath*.so*")}
+            return {"libgfortran.so.5": fortran} | beside
+    return {}
 
 
 def interposed() -> bool:

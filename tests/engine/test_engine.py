@@ -472,16 +472,11 @@ def test_an_interposed_blas_says_best_effort(history):
     done = run_python(f"""
         from pathlib import Path
         from mlx_mtp_backend import *
-        try:
-            engine = Engine(EngineOptions(device="cpu", interpose_blas=True))
-        except EngineError as error:
-            raise SystemExit(print(error.reason.value))
+        engine = Engine(EngineOptions(device="cpu", interpose_blas=True))
         info = engine.load("m", Path({str(history)!r}), LoadOptions(wiring=WiringPolicy.OFF)).result()
         print(info.replay.value, "blas=openblas" in info.fingerprint)
         engine.close()
     """)
-    if done.stdout.strip() == "blas_missing":
-        pytest.skip("no OpenBLAS that loads on this machine")
     assert done.stdout.split() == ["best_effort", "True"], done.stderr
 
 
