@@ -60,20 +60,27 @@ class Rounds:
         return self.tokens / self.seconds
 
 
-def prefill(model: FusedQwen35, tokens: mx.array) -> Prefilled:
-    """Runs a prompt through trunk and head."""
-    count = tokens.shape[0]
-    trunk, head = model.trunk_caches(), model.head_caches()
-    begin(trunk)
-    hidden = model.trunk(tokens, [Segment(trunk, count)])
-    commit(trunk, count)
+def prefill(model: FusedQwen35, tokens: mx.array, chunk: int = 256) -> Prefilled:
+    """Runs a prompt through trunk and head, in the engine's chunks."""
+    trunk, head, carried = model.trunk_caches(), model.head_caches(), []
+    for part in _chunks(tokens, chunk):
+        begin(trunk)
+        hidden = model.trunk(part, [Segment(trunk, part.shape[0])])
+        commit(trunk, part.shape[0])
+        carried.append(hidden.carried)
     newest = mx.argmax(model.logits(hidden.normed[-1:]), axis=-1).astype(mx.int32)
-    begin(head)
-    if head:
-        model.head(tokens[1:], hidden.carried[:-1], [Segment(head, count - 1)])
-    commit(head, count - 1)
+    rows = mx.concatenate(carried)
+    slots = zip(_chunks(tokens[1:], chunk), _chunks(rows[:-1], chunk), strict=True)
+    for following, before in slots if head else ():
+        begin(head)
+        model.head(following, before, [Segment(head, before.shape[0])])
+        commit(head, before.shape[0])
     mx.eval([a for cache in [*trunk, *head] for a in cache.arrays])
-    return Prefilled(trunk, head, hidden.carried[-1:], newest, 1)
+    return Prefilled(trunk, head, rows[-1:], newest, 1)
+
+
+def _chunks(rows: mx.array, size: int) -> list[mx.array]:
+    return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
 
 
 def plain(model: FusedQwen35, sequence: Prefilled, steps: int) -> tuple[float, list[int]]:
