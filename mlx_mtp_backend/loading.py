@@ -75,6 +75,7 @@ def load(name: str, path: Path, options: LoadOptions, registry: Registry) -> Gen
         weight_bytes=model.weight_bytes,
         kernels=model.kernels,
         stock_because=stock_because,
+        kernel_checks=registry.choices,
         load_seconds=time.monotonic() - started,
         replay=replay,
         replay_reason=reason,

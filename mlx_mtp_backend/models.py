@@ -11,6 +11,8 @@ from mlx_mtp_backend.checkpoint import CheckpointReport
 from mlx_mtp_backend.text import ModelText
 
 if TYPE_CHECKING:
+    from mtp_kernels.registry import Choice
+
     from mlx_mtp_backend.wiring import WiringReport
 
 
@@ -24,6 +26,7 @@ class LoadedModel:
         depth: drafts per round where a request does not say; 0 without a head.
         kernels: names and versions of the custom kernels in use, "none" for stock operations.
         stock_because: why it runs on stock operations; None where kernels run.
+        kernel_checks: what the kernels' checks found on this device, for every model loaded so far.
         replay, replay_reason: what a seeded reply can promise, and the evidence.
         unseeded_rule: the acceptance rule of requests without a seed.
         wiring: the head's check; None if it was off or there is nothing to check.
@@ -40,6 +43,7 @@ class LoadedModel:
     weight_bytes: int
     kernels: str
     stock_because: str | None
+    kernel_checks: tuple[Choice, ...]
     load_seconds: float
     replay: Replay
     replay_reason: str

@@ -59,7 +59,7 @@ class Case:
 
     def implementation(self, choice: Choice) -> Run:
         """What to call under a choice made for this case."""
-        return self.fallback if choice.implementation == FALLBACK else self.launches[choice.implementation]
+        return self.fallback if choice.fell_back else self.launches[choice.implementation]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Choice:
     reason: str
     error: float | None = None
     rows_equal: bool | None = None
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether MLX's own operations run instead of the kernel."""
+        return self.implementation == FALLBACK
 
 
 class Registry:
@@ -108,9 +113,19 @@ class Registry:
         return choice
 
     @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Everything chosen so far."""
+        return tuple(self._choices.values())
+
+    @property
     def fallbacks(self) -> int:
         """Cases that run their fallback."""
-        return sum(choice.implementation == FALLBACK for choice in self._choices.values())
+        return sum(choice.fell_back for choice in self._choices.values())
+
+    def stored(self) -> list[Choice]:
+        """What earlier checks on this device, with this version of MLX, found."""
+        here = f":{device_name()}:{MLX_VERSION}"
+        return [Choice(**value) for key, value in self._stored.items() if key.endswith(here)]
 
     def status(self) -> dict[str, Any]:
         """What runs and why, ready for JSON."""
@@ -154,11 +169,11 @@ class Selection:
     @property
     def failed(self) -> list[Choice]:
         """Choices that fell back."""
-        return [choice for choice in self._choices if choice.implementation == FALLBACK]
+        return [choice for choice in self._choices if choice.fell_back]
 
     def versions(self) -> str:
         """Kernels in use with the digests of their sources, `none` where nothing but fallbacks runs."""
-        used = {f"{c.kernel}:{c.version}" for c in self._choices if c.implementation != FALLBACK}
+        used = {f"{c.kernel}:{c.version}" for c in self._choices if not c.fell_back}
         return ",".join(sorted(used)) or "none"
 
 

@@ -54,6 +54,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.explain import run
         case "inspect":
             from router.cli.inspect import run
+        case "doctor":
+            from router.cli.doctor import run
+        case "verify":
+            from router.cli.verify import run
         case "pull":
             from router.cli.pull import run
         case "config":

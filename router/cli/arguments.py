@@ -48,6 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", type=Path, help="GGUF file or checkpoint folder")
     inspect.add_argument("--head", type=Path, metavar="PATH", help="where else a checkpoint's head may lie")
 
+    commands.add_parser(
+        "doctor", help="look at this machine, and say what is wrong and what to do", parents=[settings, server, lines]
+    )
+
+    verify = commands.add_parser(
+        "verify", help="run a checkpoint here and say whether it keeps the promises", parents=[lines]
+    )
+    verify.add_argument("path", type=Path, help="checkpoint folder")
+    verify.add_argument("--head", type=Path, metavar="PATH", help="where else its head may lie")
+    verify.add_argument("--tokens", type=_tokens, default=128, metavar="COUNT", help="new tokens a reply (128)")
+    verify.add_argument("--openblas", action="store_true", help="on a Linux CPU, with OpenBLAS in MLX's place")
+
     pull = commands.add_parser("pull", help="fetch a small model", parents=[lines])
     pull.add_argument("name", help="what to fetch, such as smollm2")
 
@@ -105,6 +117,13 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--priority", choices=("interactive", "batch"))
     how.add_argument("--correlation-id", metavar="ID", help="an id of your own for the server's logs")
     how.add_argument("--label", action="append", metavar="KEY=VALUE", help="a fact for the logs; may be repeated")
+
+
+def _tokens(text: str) -> int:
+    value = int(text)
+    if not 8 <= value <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 8 to 4096")
+    return value
 
 
 def _seconds(text: str) -> float:
