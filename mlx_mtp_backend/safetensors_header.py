@@ -5,18 +5,26 @@ Format: eight bytes little-endian header length, a JSON header, the data. Limits
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.untrusted import RefusedFileError, open_untrusted, parse_object
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 32 * 2**20  # 200,000 tensors; the format allows 100 MB, which would cost gigabytes to parse
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
+MAX_BYTES = 2**60  # of one tensor, and elements of one side of it
+MAX_HEADER_VALUES = 12 * MAX_TENSORS  # a tensor has some ten
+MAX_JSON_VALUES = 1_000_000
+SUFFIX = ".safetensors"
+# How files that run code when they are read begin: ZIP (PyTorch) and pickle protocols 2 to 5.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -41,56 +49,56 @@ def unreadable(path: Path, why: str) -> EngineError:
     return EngineError(ErrorReason.CHECKPOINT_UNREADABLE, f"{path.name}: {why}")
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: Path, limit: int, roots: Sequence[Path] | None = None) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes.
+
+    Args:
+        roots: where its symbolic links may lead (see `open_untrusted`).
 
     Raises:
         EngineError: CHECKPOINT_UNREADABLE.
     """
     try:
-        with path.open("rb") as file:
+        with open_untrusted(path, roots) as file:
             text = file.read(limit + 1)
+        if len(text) > limit:
+            raise RefusedFileError(f"is larger than {limit} bytes")
+        return parse_object(text, MAX_JSON_VALUES)
     except OSError as error:
         raise unreadable(path, error.strerror or "cannot be read") from error
-    if len(text) > limit:
-        raise unreadable(path, f"is larger than {limit} bytes")
-    return _object(path, text)
+    except RefusedFileError as error:
+        raise unreadable(path, str(error)) from error
 
 
-def _object(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise unreadable(path, "is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise unreadable(path, "is not a JSON object")
-    return value
-
-
-def read_header(path: Path, label: str | None = None) -> dict[str, TensorInfo]:
+def read_header(path: Path, label: str | None = None, roots: Sequence[Path] | None = None) -> dict[str, TensorInfo]:
     """Every tensor of one file, by name.
 
     Args:
         label: what to call the file in the result; its name by default.
+        roots: where its symbolic links may lead (see `open_untrusted`).
 
     Raises:
         EngineError: CHECKPOINT_UNREADABLE, also for a file whose size is not what its header needs.
     """
     try:
-        with path.open("rb") as file:
+        with open_untrusted(path, roots) as file:
             start = file.read(8)
             if len(start) < 8:
-                raise unreadable(path, "is too short for safetensors")
+                raise RefusedFileError("is too short for safetensors")
             (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER_BYTES and start.startswith(_PICKLES):
+                raise RefusedFileError("begins as a pickle does; pickles run code when they are read")
             if length > MAX_HEADER_BYTES:
-                raise unreadable(path, f"has a header of {length} bytes")
+                raise RefusedFileError(f"has a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
+            size = os.fstat(file.fileno()).st_size
+            if size < 8 + length:
+                raise RefusedFileError("ends inside its header")
             text = file.read(length)
-            size = path.stat().st_size
+        entries = parse_object(text, MAX_HEADER_VALUES)
     except OSError as error:
         raise unreadable(path, error.strerror or "cannot be read") from error
-    if len(text) < length:
-        raise unreadable(path, "ends inside its header")
-    entries = _object(path, text)
+    except RefusedFileError as error:
+        raise unreadable(path, str(error)) from error
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
         raise unreadable(path, f"names {len(entries)} tensors")
@@ -115,11 +123,14 @@ def _checked(path: Path, entries: dict[str, Any], label: str, data_bytes: int) -
 
 def _tensor(path: Path, name: str, entry: Any, label: str) -> tuple[TensorInfo, tuple[int, int]]:
     try:
-        dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, stop))
-        bits = _BITS[dtype] * math.prod(shape)
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        bits = _BITS[dtype]
+        # Before they are multiplied: numbers of a million digits would take minutes.
+        known = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(path, f"describes tensor {name[:80]!r} in no known way") from error
-    if not whole or len(shape) > MAX_DIMENSIONS or stop - begin != (bits + 7) // 8:
+    if not known or not all(type(number) is int and 0 <= number <= MAX_BYTES for number in (*shape, begin, stop)):
+        raise unreadable(path, f"describes tensor {name[:80]!r} with numbers that are no shape and offsets")
+    if stop - begin != (bits * math.prod(shape) + 7) // 8:
         raise unreadable(path, f"describes tensor {name[:80]!r} with a shape that its bytes do not fit")
-    return TensorInfo(name, dtype, shape, label, stop - begin), (begin, stop)
+    return TensorInfo(name, dtype, tuple(shape), label, stop - begin), (begin, stop)

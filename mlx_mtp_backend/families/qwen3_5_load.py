@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Norm
-from mlx_mtp_backend.checkpoint import CheckpointFiles, find_tensors, read_config
+from mlx_mtp_backend.checkpoint_files import CheckpointFiles, find_tensors, read_config
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.families.layouts import head_name, qwen3_5_head

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mtp_backend import cache, wiring
 from mlx_mtp_backend.api import LoadOptions, Norm
-from mlx_mtp_backend.checkpoint import find_tensors
+from mlx_mtp_backend.checkpoint_files import find_tensors
 from mlx_mtp_backend.families import layouts, qwen3_5, qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.synthetic import Recipe, write

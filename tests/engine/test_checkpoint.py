@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp_backend import checkpoint, safetensors_header
+from mlx_mtp_backend import checkpoint_files, safetensors_header
 from mlx_mtp_backend.checkpoint import MTPStatus, inspect_checkpoint
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.synthetic import Recipe, write
@@ -58,7 +58,7 @@ def test_declared_but_absent(tmp_path):
 
 def test_an_index_that_lists_a_head_proves_nothing(copy):
     """The index still names the head's tensors, but the shard was stripped."""
-    index = json.loads((copy / checkpoint.INDEX).read_text())
+    index = json.loads((copy / checkpoint_files.INDEX).read_text())
     shard = next(file for name, file in index["weight_map"].items() if name.startswith("mtp."))
     (copy / shard).write_bytes(struct.pack("<Q", 2) + b"{}")
     assert inspect_checkpoint(copy).mtp.status is MTPStatus.DECLARED_BUT_ABSENT
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_brings_code_is_refused(copy, key, nested):
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", 7])
 def test_an_index_cannot_point_elsewhere(copy, name):
-    edit(copy / checkpoint.INDEX, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+    edit(copy / checkpoint_files.INDEX, lambda index: index["weight_map"].update({"model.norm.weight": name}))
     assert refused(copy) is ErrorReason.CHECKPOINT_UNREADABLE
 
 
