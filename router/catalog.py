@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from router.domain import ErrorReason, ModelFacts, RouterError
-from router.facts import read_facts
+from router.facts import read_facts, unasked_facts
 from router.settings import MODEL_NAME, ModelSettings, SamplingSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,12 @@ DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches
 class ModelEntry:
     """A configured model: its settings, and what its files show.
 
-    `gguf` is the same model as a GGUF file, where the settings name one beside a checkpoint.
+    `path` is None for a model that Ollama keeps; `gguf` is the same model as a GGUF file, where the settings name one
+    beside a checkpoint.
     """
 
     name: str
-    path: Path
+    path: Path | None
     settings: ModelSettings
     facts: ModelFacts
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings())
@@ -36,6 +37,17 @@ class ModelEntry:
     def aliases(self) -> tuple[str, ...]:
         """Other names that it answers to."""
         return self.settings.aliases
+
+    @property
+    def files(self) -> Path:
+        """Its file or folder, where it has one."""
+        assert self.path is not None
+        return self.path
+
+    @property
+    def source(self) -> str:
+        """Name of its file or folder, or its tag at Ollama."""
+        return self.path.name if self.path is not None else str(self.settings.ollama)
 
     @property
     def context_length(self) -> int:
@@ -92,5 +104,7 @@ def build_catalog(settings: Settings, pulled: Path) -> Catalog:
 def build_entry(name: str, model: ModelSettings, sampling: SamplingSettings) -> ModelEntry:
     """The entry of one model; `sampling` holds the defaults that its own settings override."""
     merged = sampling.model_copy(update=model.sampling.model_dump(exclude_none=True))
+    if model.path is None:
+        return ModelEntry(name, None, model, unasked_facts(str(model.ollama)), merged)
     gguf = ModelEntry(name, model.gguf, model, read_facts(model.gguf), merged) if model.gguf else None
     return ModelEntry(name, model.path, model, read_facts(model.path, model.head_path), merged, gguf)

@@ -72,21 +72,31 @@ class Dispatcher:
         chosen, entry = choose_route(name, self.catalog.resolve(name), offers)
         return entry, chosen, self.backends[chosen.backend]
 
-    def model_state(self, entry: ModelEntry) -> tuple[Route | None, ModelState, str]:
-        """What would answer for a model now, its state, and why it cannot be served if so."""
-        try:
-            served, chosen, backend = self.route(entry.name)
-        except RouterError as error:
-            return None, ModelState.FAILED, error.message
-        return chosen, backend.model_state(served), ""
+    async def find(self, name: str) -> tuple[ModelEntry, Route, Backend]:
+        """Like `route`, with what the backend knows of the model beyond its files. Raises also what `describe` does."""
+        entry, chosen, backend = self.route(name)
+        described = await backend.describe(entry)
+        if described is not entry:
+            offers = {key: backend.offer() for key, backend in self.backends.items()}
+            chosen, described = choose_route(name, described, offers)
+        return described, chosen, backend
 
-    def generate(self, request: GenerationRequest) -> Answer:
+    async def look(self, entry: ModelEntry) -> tuple[ModelEntry, Route | None, ModelState, str]:
+        """The model as far as it is known, what would answer for it now, its state, and why it cannot be served."""
+        try:
+            served, chosen, backend = await self.find(entry.name)
+        except RouterError as error:
+            return entry, None, ModelState.FAILED, error.message
+        known = served if served.path is None else entry
+        return known, chosen, backend.model_state(served), ""
+
+    async def generate(self, request: GenerationRequest) -> Answer:
         """Starts an answer; nothing happens until its events are consumed, and closing them stops the work.
 
         Raises:
             RouterError: the model is not known or cannot be served, or cannot do what the request asks.
         """
-        entry, chosen, backend = self.route(request.model)
+        entry, chosen, backend = await self.find(request.model)
         check_request(request, entry, backend.fields, backend.drafting(entry))
         answer = Answer(chosen, request, backend.generate(entry, request))
         answer.events = self._timed(answer, answer.events)
@@ -123,7 +133,7 @@ class Dispatcher:
 
     async def count_tokens(self, request: GenerationRequest) -> tuple[Route, TokenCount]:
         """Counts a prompt's tokens. Raises RouterError where the model cannot."""
-        entry, chosen, backend = self.route(request.model)
+        entry, chosen, backend = await self.find(request.model)
         rendered = GenerationRequest(request.model, request.prompt, reasoning=request.reasoning, tools=request.tools)
         check_request(rendered, entry, backend.fields, backend.drafting(entry))
         if not entry.facts.can(Capability.COUNT_TOKENS):

@@ -199,7 +199,9 @@ def _models(catalog: Catalog, settings: Settings, pulled: Path) -> Iterator[Find
     for entry in catalog.entries:
         problems = [item.facts.problem for item in (entry, entry.gguf) if item is not None and item.facts.problem]
         for problem in problems:
-            advice = f"mend or remove models.{entry.name}" if entry.name in settings.models else f"remove {entry.path}"
+            advice = (
+                f"mend or remove models.{entry.name}" if entry.name in settings.models else f"remove {entry.source}"
+            )
             yield Finding("models", State.PROBLEM, f"{entry.name}: {problem}", advice)
     taken = {name for model, entry in settings.models.items() for name in (model, *entry.aliases)}
     for file in sorted(pulled.glob("*.gguf")):

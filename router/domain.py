@@ -206,6 +206,7 @@ class ModelFormat(Enum):
 
     GGUF = "gguf"
     CHECKPOINT = "checkpoint"  # a folder of safetensors files with a config.json
+    OLLAMA = "ollama"  # kept by an Ollama server under a tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,9 +327,12 @@ Progress = Queued | Loading | Prefilling
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of a token before any sampling transform; `top` holds the most likely tokens in its place."""
+    """Log-probability of a token before any sampling transform; `top` holds the most likely tokens in its place.
 
-    token_id: int
+    `token_id` None: the backend does not tell.
+    """
+
+    token_id: int | None
     token_bytes: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()

@@ -43,6 +43,12 @@ def read_facts(path: Path, head_path: Path | None = None) -> ModelFacts:
     )
 
 
+def unasked_facts(tag: str) -> ModelFacts:
+    """Of a model that Ollama keeps, before it was asked."""
+    unknown = CapabilityFact(None, f"Ollama has not been asked about {tag} yet")
+    return ModelFacts(format=ModelFormat.OLLAMA, capabilities=dict.fromkeys(Capability, unknown))
+
+
 def _text(value: str) -> str:
     """Text out of a file, made fit to be sent: no lone surrogates, no endless lines."""
     return value[:MAX_TEXT].encode("utf-8", "replace").decode()

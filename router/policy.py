@@ -21,8 +21,12 @@ from router.domain import (
     TokensPrompt,
 )
 
-# The files that each kind of backend serves; Ollama keeps its own.
-SERVES = {BackendKind.MLX: ModelFormat.CHECKPOINT, BackendKind.LLAMA_CPP: ModelFormat.GGUF}
+# The files that each kind of backend serves.
+SERVES = {
+    BackendKind.MLX: ModelFormat.CHECKPOINT,
+    BackendKind.LLAMA_CPP: ModelFormat.GGUF,
+    BackendKind.OLLAMA: ModelFormat.OLLAMA,
+}
 
 
 def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
@@ -41,6 +45,8 @@ def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer])
     named = entry.settings.backend
     if named is not None:
         return _named_route(requested, entry, named, offers.get(named))
+    if entry.facts.format is ModelFormat.OLLAMA:
+        return _ollama_route(requested, entry, offers)
     if entry.facts.format is ModelFormat.GGUF:
         return _gguf_route(requested, entry, offers, _gguf_reason(entry))
     return _checkpoint_route(requested, entry, offers)
@@ -56,8 +62,13 @@ def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer | No
     if offer.refusal:
         raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}", offer)
     _refuse_problem(served)
-    is_gguf = served.facts.format is ModelFormat.GGUF
-    reason = _gguf_reason(served) if is_gguf else _checkpoint_reason(served, offer)
+    match served.facts.format:
+        case ModelFormat.GGUF:
+            reason = _gguf_reason(served)
+        case ModelFormat.CHECKPOINT:
+            reason = _checkpoint_reason(served, offer)
+        case ModelFormat.OLLAMA:
+            reason = _ollama_reason(served)
     return Route(requested, entry.name, name, offer.kind, f"the settings name backend {name!r}; {reason}"), served
 
 
@@ -69,6 +80,14 @@ def _gguf_route(
         if offer.kind is BackendKind.LLAMA_CPP:
             return Route(requested, entry.name, name, offer.kind, reason), entry
     raise _no_backend(entry, "it is a GGUF file and no llama_cpp backend is configured")
+
+
+def _ollama_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
+    _refuse_problem(entry)
+    for name, offer in sorted(offers.items()):
+        if offer.kind is BackendKind.OLLAMA:
+            return Route(requested, entry.name, name, offer.kind, _ollama_reason(entry)), entry
+    raise _no_backend(entry, "it is kept by Ollama, and no ollama backend is configured")
 
 
 def _checkpoint_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
@@ -107,12 +126,17 @@ def _no_backend(entry: ModelEntry, why: str, offer: Offer | None = None) -> Rout
 def _gguf_reason(entry: ModelEntry) -> str:
     if entry.facts.problem:
         return entry.facts.problem
-    what = f"{entry.path.name} is a {entry.facts.architecture} model in GGUF, which llama.cpp runs"
+    what = f"{entry.source} is a {entry.facts.architecture} model in GGUF, which llama.cpp runs"
     return f"{what}; {_drafting_reason(entry)}"
 
 
+def _ollama_reason(entry: ModelEntry) -> str:
+    cuts = "which drops the oldest messages of a chat that outgrows its context without saying so"
+    return f"{entry.source} is kept by Ollama, {cuts}; {_drafting_reason(entry)}"
+
+
 def _checkpoint_reason(entry: ModelEntry, offer: Offer) -> str:
-    what = f"{entry.path.name} is a {entry.facts.architecture} checkpoint, which the MLX engine runs"
+    what = f"{entry.source} is a {entry.facts.architecture} checkpoint, which the MLX engine runs"
     remark = f"; {offer.remark}" if offer.remark else ""
     return f"{what}; {_drafting_reason(entry)}{remark}"
 
@@ -177,6 +201,8 @@ def check_request(
         _require_switch(entry)
     if request.response_format is not None:
         _require(entry, Capability.JSON_SCHEMA, "response_format is not available")
+    if request.tools:
+        _require(entry, Capability.TOOLS, "it cannot call functions")
     if request.top_logprobs is not None:
         _require(entry, Capability.LOGPROBS, "logprobs are not available")
     _check_speculation(request, entry, drafting)

@@ -18,6 +18,7 @@ from mtp_router.generate.v1 import admin_service_pb2, generate_service_pb2, mode
 from router.backends.base import Backend
 from router.backends.llama_cpp import LlamaCppBackend
 from router.backends.mlx import MlxBackend
+from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, build_catalog
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ModelFormat
@@ -25,7 +26,7 @@ from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
 from router.services.models import ModelService
-from router.settings import LlamaCppSettings, ServerSettings, Settings, data_home
+from router.settings import LlamaCppSettings, OllamaSettings, ServerSettings, Settings, data_home
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,8 @@ def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
     for name, backend in settings.backends.items():
         if isinstance(backend, LlamaCppSettings):
             backends[name] = LlamaCppBackend(name, backend)
+        elif isinstance(backend, OllamaSettings):
+            backends[name] = OllamaBackend(name, backend)
         elif has_checkpoint:
             backends[name] = MlxBackend(name, backend)
     return backends

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -24,6 +25,7 @@ ENV_PREFIX = "MTP_ROUTER_"
 HOME_VARIABLE = "MTP_ROUTER_HOME"
 CONFIG_VARIABLE = "MTP_ROUTER_CONFIG"
 BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
+KINDS_BY_NAME = (*BUILT_IN_BACKENDS, "ollama")  # backends of these names need not say their kind
 
 # Names travel in logs, health names and error metadata, so they are kept plain.
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}"
@@ -154,14 +156,46 @@ class MlxSettings(_Table):
     )
 
 
-BackendSettings = Annotated[LlamaCppSettings | MlxSettings, Field(discriminator="kind")]
+class OllamaSettings(_Table):
+    """`[backends.NAME]` with kind "ollama": an Ollama server, here or elsewhere."""
+
+    kind: Literal["ollama"] = "ollama"
+    host: str = Field("http://127.0.0.1:11434", description="address of the server, http or https, without a path")
+    keep_alive: float | None = Field(
+        None,
+        description="seconds a model stays loaded after its last request, negative for ever; unset: as it is set there",
+    )
+    parallel: int = Field(1, ge=1, le=256, description="requests sent at once; Ollama decodes one by one unless told")
+    max_queued: int = Field(64, ge=0, le=100_000, description="requests that may wait for a model")
+    connect_timeout: float = Field(5.0, gt=0.0, description="seconds until the server must have taken a connection")
+    load_timeout: float = Field(300.0, gt=0.0, description="seconds a model may take to load")
+    first_token_timeout: float = Field(300.0, gt=0.0, description="seconds until the first token, loading included")
+    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
+    check_interval: float = Field(10.0, gt=0.0, description="seconds between looks at the server's health")
+
+    @field_validator("host")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+            raise ValueError("must be like http://127.0.0.1:11434")
+        if parts.username or parts.password:
+            raise ValueError("must not hold a password; put the server behind one that asks for a key instead")
+        return value.rstrip("/")
+
+
+BackendSettings = Annotated[LlamaCppSettings | MlxSettings | OllamaSettings, Field(discriminator="kind")]
 
 
 class ModelSettings(_Table):
     """`[models.NAME]`: one model to serve."""
 
-    path: Path = Field(
-        description="GGUF file or checkpoint folder; relative paths start at the settings file, else at the data folder"
+    path: Path | None = Field(
+        None,
+        description="GGUF file or checkpoint folder; relative to the settings file, else to the data folder",
+    )
+    ollama: str | None = Field(
+        None, min_length=1, max_length=256, description="tag of a model that Ollama keeps, instead of a path"
     )
     gguf: Path | None = Field(
         None, description="the same model as GGUF, for where its checkpoint has no head or no fast device"
@@ -177,6 +211,14 @@ class ModelSettings(_Table):
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
     draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
     sampling: SamplingSettings = SamplingSettings()
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.ollama is None):
+            raise ValueError("needs either path or ollama")
+        if self.path is None and (self.gguf is not None or self.head_path is not None):
+            raise ValueError("gguf and head_path go with path, not with ollama")
+        return self
 
 
 class Settings(BaseSettings):
@@ -206,12 +248,13 @@ class Settings(BaseSettings):
     @field_validator("backends", mode="before")
     @classmethod
     def _built_in_backends(cls, value: Any) -> Any:
-        """`llama_cpp` and `mlx` are there without being written down, and their names imply their kinds."""
+        """`llama_cpp` and `mlx` are there without being written down; their names and `ollama` imply their kinds."""
         if not isinstance(value, Mapping):
             return value
         built_in = {name: {"kind": name} for name in BUILT_IN_BACKENDS}
         for name, table in value.items():
-            built_in[name] = {**built_in.get(name, {}), **table} if isinstance(table, Mapping) else table
+            implied = {"kind": name} if name in KINDS_BY_NAME else {}
+            built_in[name] = {**implied, **table} if isinstance(table, Mapping) else table
         return built_in
 
     @field_validator("backends")

@@ -52,6 +52,15 @@ class Backend(Protocol):
     def drafting(self, model: ModelEntry) -> Drafting | None:
         """How the backend drafts for this model; None where it does not draft. No I/O."""
 
+    async def describe(self, model: ModelEntry) -> ModelEntry:
+        """The model with what the engine knows of it beyond its files; as it is where files tell everything.
+
+        Raises:
+            RouterError: BACKEND_UNAVAILABLE where the engine would have to be asked and does not answer;
+                MODEL_LOAD_FAILED where it does not know the model.
+        """
+        ...
+
     def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Answers one request: any progress, one Started, any Deltas, one Finished.
 

@@ -13,7 +13,8 @@ from router.backends.llama_child import ChildConfig
 from router.backends.llama_process import LlamaProcess, engine_version
 from router.backends.llama_request import chat_body, generation_body, refuse_foreign_tokens
 from router.backends.llama_runner import ModelRunner
-from router.backends.llama_stream import Patience, TimeIsUpError, ask, new_client, stream_answer
+from router.backends.llama_stream import ask, new_client, stream_answer
+from router.backends.patience import Patience, TimeIsUpError
 from router.catalog import ModelEntry
 from router.domain import (
     BackendKind,
@@ -133,11 +134,15 @@ class LlamaCppBackend:
         depth = fixed_draft_depth(model)
         return Drafting(depth) if depth is not None else None
 
+    async def describe(self, model: ModelEntry) -> ModelEntry:
+        """Its file tells everything."""
+        return model
+
     async def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Answers one request (see `Backend.generate`)."""
         budget = request.time_budget
         deadline = None if budget is None else asyncio.get_running_loop().time() + budget
-        patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, deadline)
+        patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, deadline, "llama.cpp")
         served = self._serve(model)
         answer = Answer(request, _seed(request), drafting=self.drafting(model) is not None)
         ticket = served.admission.enter(request.priority)
@@ -229,7 +234,7 @@ class LlamaCppBackend:
     def _child_config(self, model: ModelEntry) -> ChildConfig:
         settings = self._settings
         return ChildConfig(
-            model_path=str(model.path),
+            model_path=str(model.files),
             api_key="",
             context_length=model.context_length,
             parallel=settings.parallel,

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from router.backends.llama_answer import Answer, EventParser, broken_stream, reported_error
 from router.backends.llama_process import LlamaProcess
+from router.backends.patience import Patience
 from router.domain import ErrorReason, Event, GenerationRequest, RouterError
 
 CONNECT_TIMEOUT, WRITE_TIMEOUT = 5.0, 30.0
 QUESTION_TIMEOUT = 30.0
 MAX_ERROR_BYTES = 2**16
 RETRY_AFTER = 1.0
-
-
-class TimeIsUpError(Exception):
-    """The request's time budget is spent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to wait, in seconds: without a sign of life before the first token, between tokens, in all.
-
-    `deadline` is a time of the event loop's clock, None for no limit.
-    """
-
-    first_token: float
-    token: float
-    deadline: float | None
-
-    @contextlib.asynccontextmanager
-    async def for_work(self) -> AsyncGenerator[None, None]:
-        """Raises TimeIsUpError in the block at the deadline."""
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                yield
-        except TimeoutError:
-            raise TimeIsUpError from None
-
-    @contextlib.asynccontextmanager
-    async def for_sign_of_life(self, started: bool) -> AsyncGenerator[None, None]:
-        """Raises RouterError BACKEND_STALLED in the block when the child is silent for too long."""
-        async with self.for_work():
-            try:
-                async with asyncio.timeout(self.token if started else self.first_token):
-                    yield
-            except TimeoutError:
-                raise RouterError(ErrorReason.BACKEND_STALLED, "llama.cpp gave no sign of life for too long") from None
 
 
 def new_client() -> httpx.AsyncClient:

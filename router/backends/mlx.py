@@ -145,6 +145,10 @@ class MlxBackend:
         wanted = model.settings.speculation == "auto" and model.facts.can(Capability.MTP)
         return Drafting() if wanted else None
 
+    async def describe(self, model: ModelEntry) -> ModelEntry:
+        """Its files tell everything."""
+        return model
+
     async def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Answers one request (see `Backend.generate`)."""
         budget = request.time_budget

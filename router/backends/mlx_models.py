@@ -105,7 +105,7 @@ class Residents:
         )
         known.error = known.fraction = None
         try:
-            known.loaded = await asyncio.wrap_future(engine.load(model.name, model.path, options, progressed))
+            known.loaded = await asyncio.wrap_future(engine.load(model.name, model.files, options, progressed))
         except EngineError as error:
             known.error = router_error(error, model.name)
         finally:
@@ -151,7 +151,7 @@ class Residents:
         """Tokenizer and template, read once; loads no weights. Raises RouterError MODEL_LOAD_FAILED."""
         if model.name not in self._texts:
             try:
-                text = await asyncio.to_thread(load_text, model.path)
+                text = await asyncio.to_thread(load_text, model.files)
             except EngineError as error:
                 raise router_error(error, model.name) from None
             if text is None:

@@ -32,7 +32,7 @@ class AdminService(v1.AdminServiceServicer):
         async with self._calls.bounded(context), aclosing(backend.preload(entry)) as steps:
             async for step in steps:
                 await context.write(v1.PreloadModelResponse(progress=render.load_progress(step)))
-        await context.write(v1.PreloadModelResponse(model=describe(self._dispatcher, entry)))
+        await context.write(v1.PreloadModelResponse(model=await describe(self._dispatcher, entry)))
 
     @reports_errors
     async def UnloadModel(self, request: v1.UnloadModelRequest, context: Context) -> v1.UnloadModelResponse:
@@ -41,7 +41,7 @@ class AdminService(v1.AdminServiceServicer):
         entry, _, backend = self._dispatcher.route(request.name)
         async with self._calls.bounded(context):
             await backend.unload(entry, force=request.force)
-        return v1.UnloadModelResponse(model=describe(self._dispatcher, entry))
+        return v1.UnloadModelResponse(model=await describe(self._dispatcher, entry))
 
     @reports_errors
     async def ListBackends(self, request: v1.ListBackendsRequest, context: Context) -> v1.ListBackendsResponse:

@@ -101,7 +101,7 @@ class GenerateService(v1.GenerateServiceServicer):
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[tuple[Answer, AsyncGenerator[Event, None]]]:
         """The answer to a request; whatever ends the block stops the backend, and is logged in one line."""
-        answer = self._dispatcher.generate(self._parse(request))
+        answer = await self._dispatcher.generate(self._parse(request))
         outcome = "ok"
         try:
             async with aclosing(answer.events) as events:

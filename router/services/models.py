@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from typing import Any
@@ -33,20 +34,21 @@ class ModelService(v1.ModelServiceServicer):
         size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
         page, rest = entries[:size], entries[size:]
         return v1.ListModelsResponse(
-            models=[describe(self._dispatcher, entry) for entry in page],
+            models=await asyncio.gather(*(describe(self._dispatcher, entry) for entry in page)),
             next_page_token=_encode_token(page[-1].name) if rest else "",
         )
 
     @reports_errors
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """One model by name or alias."""
-        return v1.GetModelResponse(model=describe(self._dispatcher, self._dispatcher.catalog.resolve(request.name)))
+        return v1.GetModelResponse(
+            model=await describe(self._dispatcher, self._dispatcher.catalog.resolve(request.name))
+        )
 
 
-def describe(dispatcher: Dispatcher, entry: ModelEntry) -> v1.Model:
+async def describe(dispatcher: Dispatcher, entry: ModelEntry) -> v1.Model:
     """A model as it stands now."""
-    route, state, problem = dispatcher.model_state(entry)
-    return render.model(entry, route, state, problem)
+    return render.model(*await dispatcher.look(entry))
 
 
 def _encode_token(name: str) -> str:

@@ -99,6 +99,9 @@ class ScriptedBackend:
     def drafting(self, model: ModelEntry) -> Drafting | None:
         return Drafting(self.fixed_depth) if self.drafts else None
 
+    async def describe(self, model: ModelEntry) -> ModelEntry:
+        return model
+
     async def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
         self.running += 1

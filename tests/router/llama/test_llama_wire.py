@@ -18,7 +18,8 @@ from support.generation import GREEDY, counting
 from router.backends.llama_answer import Answer, EventParser
 from router.backends.llama_process import LlamaProcess
 from router.backends.llama_request import CHAT_PATH, COMPLETION_PATH, Limits, generation_body
-from router.backends.llama_stream import Patience, TimeIsUpError, new_client, stream_answer
+from router.backends.llama_stream import new_client, stream_answer
+from router.backends.patience import Patience, TimeIsUpError
 from router.domain import (
     Delta,
     ErrorReason,
@@ -170,7 +171,7 @@ def reply(status: str, *events: dict[str, Any]) -> bytes:
     return head + b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
 
 
-PATIENT = Patience(5.0, 5.0, None)
+PATIENT = Patience(5.0, 5.0, None, "llama.cpp")
 
 
 async def outcome(child: LlamaProcess, patience: Patience = PATIENT) -> tuple[list[Event], RouterError | None]:
@@ -243,7 +244,7 @@ async def test_a_port_that_nobody_listens_on_makes_the_backend_unavailable() -> 
 
 @pytest.mark.parametrize("content", [b"", reply("200 OK"), reply("200 OK", TOKEN)])
 async def test_silence_stalls(serve: Serve, content: bytes) -> None:
-    _, error = await outcome(await serve(content, hang=True), Patience(0.1, 0.1, None))
+    _, error = await outcome(await serve(content, hang=True), Patience(0.1, 0.1, None, "llama.cpp"))
     assert error is not None
     assert error.reason is ErrorReason.BACKEND_STALLED
 
@@ -251,4 +252,4 @@ async def test_silence_stalls(serve: Serve, content: bytes) -> None:
 async def test_the_deadline_wins_over_patience(serve: Serve) -> None:
     child = await serve(reply("200 OK", TOKEN), hang=True)
     with pytest.raises(TimeIsUpError):
-        await outcome(child, Patience(5.0, 5.0, asyncio.get_running_loop().time() + 0.1))
+        await outcome(child, Patience(5.0, 5.0, asyncio.get_running_loop().time() + 0.1, "llama.cpp"))

@@ -1,0 +1,65 @@
+"""What an Ollama server says of a model, as facts with evidence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ollama import ShowResponse
+
+from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+
+MAX_TEXT = 400  # characters of evidence
+
+Facts = dict[Capability, CapabilityFact]
+
+
+def read_show(tag: str, shown: ShowResponse, size_bytes: int | None) -> ModelFacts:
+    """Facts out of an answer of /api/show.
+
+    Args:
+        size_bytes: of the model's files, from the list of tags.
+    """
+    info: Mapping[str, Any] = shown.modelinfo or {}
+    architecture = str(info.get("general.architecture") or (shown.details and shown.details.family) or "")
+    listed = frozenset(shown.capabilities or ())
+    context = info.get(f"{architecture}.context_length")
+    quantization = shown.details.quantization_level if shown.details else None
+    return ModelFacts(
+        format=ModelFormat.OLLAMA,
+        architecture=architecture[:MAX_TEXT],
+        quantization=(quantization or "")[:MAX_TEXT],
+        context_length=context if isinstance(context, int) and context > 0 else None,
+        size_bytes=size_bytes,
+        capabilities=_capabilities(tag[:MAX_TEXT], listed, architecture, info),
+        reasoning_switch="thinking" in listed,
+    )
+
+
+def own_stops(shown: ShowResponse) -> tuple[str, ...]:
+    """The stop sequences of the model's own, which a request's would replace."""
+    found = re.findall(r'^stop\s+"((?:[^"\\]|\\.)*)"\s*$', shown.parameters or "", flags=re.MULTILINE)
+    return tuple(text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\") for text in found)
+
+
+def _capabilities(tag: str, listed: frozenset[str], architecture: str, info: Mapping[str, Any]) -> Facts:
+    says = f"Ollama lists {', '.join(sorted(listed)) or 'no capability'} for {tag}"
+    return {
+        Capability.CHAT: CapabilityFact("completion" in listed, says),
+        Capability.MTP: _head(architecture, info),
+        Capability.REASONING: CapabilityFact("thinking" in listed, says),
+        Capability.TOOLS: CapabilityFact("tools" in listed, says),
+        Capability.JSON_SCHEMA: CapabilityFact(True, "Ollama turns JSON Schema into a grammar"),
+        Capability.LOGPROBS: CapabilityFact(True, "Ollama returns them by token text, without token ids"),
+        Capability.COUNT_TOKENS: CapabilityFact(False, "Ollama cannot count tokens without generating"),
+        Capability.TOKEN_PROMPT: CapabilityFact(False, "Ollama takes no token ids"),
+    }
+
+
+def _head(architecture: str, info: Mapping[str, Any]) -> CapabilityFact:
+    key = f"{architecture}.nextn_predict_layers"
+    heads = info.get(key)
+    if isinstance(heads, int) and heads > 0:
+        return CapabilityFact(True, f"{key} = {heads} in what Ollama shows of the model")
+    return CapabilityFact(False, f"no {key} in what Ollama shows of the model; its own MLX engine may draft unseen")
