@@ -75,7 +75,7 @@ class Answer:
     Args:
         request: what was asked.
         seed: the seed in force, None for greedy sampling.
-        drafting: whether the child drafts with the model's head.
+        source: what drafts; UNKNOWN where llama.cpp was started by others.
 
     Attributes:
         fingerprint: what the child's numerics depend on, once there is a child.
@@ -83,10 +83,10 @@ class Answer:
         finished: whether `Finished` was given out.
     """
 
-    def __init__(self, request: GenerationRequest, seed: int | None, drafting: bool) -> None:
+    def __init__(self, request: GenerationRequest, seed: int | None, source: DraftSource) -> None:
         self.request = request
         self.seed = seed
-        self._drafting = drafting
+        self._source = source
         self.fingerprint = ""
         self._timings: Json = {}
         self._prompt_tokens = 0
@@ -177,12 +177,12 @@ class Answer:
         )
 
     def _speculation(self) -> SpeculationStatistics:
-        if not self._drafting:
-            return SpeculationStatistics(DraftSource.NONE)
+        if self._source is DraftSource.NONE or "draft_n" not in self._timings:
+            return SpeculationStatistics(self._source)
         drafted, accepted = self._timings.get("draft_n", 0), self._timings.get("draft_n_accepted", 0)
         # The first token comes from prefill; every pass after it commits one token besides the accepted drafts.
         rounds = max(0, self._output_tokens - 1 - accepted)
-        return SpeculationStatistics(DraftSource.MTP_HEAD, rounds, drafted, accepted)
+        return SpeculationStatistics(self._source, rounds, drafted, accepted)
 
     @property
     def _output_tokens(self) -> int:
@@ -196,7 +196,7 @@ def _logprob(entry: Json, top_count: int) -> TokenLogprob:
     return TokenLogprob(entry["id"], own, entry["logprob"], tuple(top[:top_count]))
 
 
-def reported_error(error: Any, request: GenerationRequest) -> RouterError:
+def reported_error(error: Any, request: GenerationRequest | None) -> RouterError:
     """The router's error for one that llama-server reported; its text stays here."""
     kind = error.get("type") if isinstance(error, dict) else None
     if kind == "exceed_context_size_error":
@@ -207,7 +207,7 @@ def reported_error(error: Any, request: GenerationRequest) -> RouterError:
     if kind == "unavailable_error":
         return RouterError(ErrorReason.BACKEND_UNAVAILABLE, "llama.cpp is still loading the model", retry_after=1.0)
     if kind == "invalid_request_error":
-        if request.response_format is not None:
+        if request is not None and request.response_format is not None:
             field = f"response_format.{request.response_format.kind.value}"
             return invalid(field, "llama.cpp cannot follow this rule")
         return RouterError(ErrorReason.INVALID_REQUEST, "llama.cpp refused the request")

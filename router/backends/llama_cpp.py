@@ -22,6 +22,7 @@ from router.domain import (
     BackendStatus,
     Capability,
     Drafting,
+    DraftSource,
     ErrorReason,
     Event,
     GenerationRequest,
@@ -144,7 +145,8 @@ class LlamaCppBackend:
         deadline = None if budget is None else asyncio.get_running_loop().time() + budget
         patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, deadline, "llama.cpp")
         served = self._serve(model)
-        answer = Answer(request, _seed(request), drafting=self.drafting(model) is not None)
+        source = DraftSource.NONE if self.drafting(model) is None else DraftSource.MTP_HEAD
+        answer = Answer(request, _seed(request), source)
         ticket = served.admission.enter(request.priority)
         try:
             async with contextlib.aclosing(self._answer(served, ticket, answer, patience)) as events:

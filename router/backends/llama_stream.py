@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
 from router.backends.llama_answer import Answer, EventParser, broken_stream, reported_error
-from router.backends.llama_process import LlamaProcess
+from router.backends.llama_request import chat_body
 from router.backends.patience import Patience
-from router.domain import ErrorReason, Event, GenerationRequest, RouterError
+from router.domain import ErrorReason, Event, GenerationRequest, MessagesPrompt, RouterError, TokensPrompt
 
 CONNECT_TIMEOUT, WRITE_TIMEOUT = 5.0, 30.0
 QUESTION_TIMEOUT = 30.0
@@ -20,19 +20,37 @@ MAX_ERROR_BYTES = 2**16
 RETRY_AFTER = 1.0
 
 
-def new_client() -> httpx.AsyncClient:
-    """A client for children. No pool: llama-server closes a connection after a stream without saying so."""
+class Endpoint(Protocol):
+    """Where a llama-server answers: base URL of its routes, and the key that they ask for ("" for none)."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def api_key(self) -> str: ...
+
+
+def new_client(
+    *, connect_timeout: float = CONNECT_TIMEOUT, verify: bool = False, socket: str | None = None
+) -> httpx.AsyncClient:
+    """A client for llama-servers. No pool: they close a connection after a stream without saying so.
+
+    Args:
+        verify: check certificates; loopback has none to load.
+        socket: path of a UNIX socket to connect to, whatever the address.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(
         headers={"Connection": "close"},
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT, write=WRITE_TIMEOUT),
-        trust_env=False,  # loopback goes through no proxy
-        verify=False,  # and has no certificates to load
+        transport=httpx.AsyncHTTPTransport(verify=verify, limits=limits, uds=socket, trust_env=False),
+        timeout=httpx.Timeout(None, connect=connect_timeout, write=WRITE_TIMEOUT),
+        trust_env=False,  # no proxies
+        follow_redirects=False,
     )
 
 
 async def stream_answer(
-    client: httpx.AsyncClient, child: LlamaProcess, path: str, body: dict[str, Any], answer: Answer, patience: Patience
+    client: httpx.AsyncClient, child: Endpoint, path: str, body: dict[str, Any], answer: Answer, patience: Patience
 ) -> AsyncGenerator[Event, None]:
     """The events of one generation. Closing the generator closes the connection, which stops the child's work.
 
@@ -63,19 +81,39 @@ async def stream_answer(
 
 
 async def ask(
-    client: httpx.AsyncClient, child: LlamaProcess, path: str, body: dict[str, Any], request: GenerationRequest
+    client: httpx.AsyncClient,
+    child: Endpoint,
+    path: str,
+    body: dict[str, Any] | None,
+    request: GenerationRequest | None,
 ) -> dict[str, Any]:
-    """The JSON object that answers a small question. Raises RouterError."""
+    """The JSON object that answers a small question, by GET where there is no body. Raises RouterError."""
+    method = "GET" if body is None else "POST"
     try:
-        reply = await client.post(child.address + path, json=body, headers=_headers(child), timeout=QUESTION_TIMEOUT)
+        reply = await client.request(
+            method, child.address + path, json=body, headers=_headers(child), timeout=QUESTION_TIMEOUT
+        )
     except httpx.TimeoutException:
         raise RouterError(ErrorReason.BACKEND_STALLED, "llama.cpp did not answer in time") from None
     except httpx.HTTPError:
         raise connection_lost(started=False) from None
-    content = _object(reply.content)
     if reply.status_code != httpx.codes.OK:
-        raise reported_error(content.get("error"), request)
-    return content
+        raise _status_error(reply.status_code, reply.content, request)
+    return _object(reply.content)
+
+
+async def count_prompt(client: httpx.AsyncClient, child: Endpoint, request: GenerationRequest) -> int:
+    """Tokens of the request's prompt, by llama.cpp's own template and tokenizer. Raises RouterError."""
+    prompt = request.prompt
+    if isinstance(prompt, TokensPrompt):
+        return len(prompt.ids)
+    if isinstance(prompt, MessagesPrompt):
+        rendered = await ask(client, child, "/apply-template", chat_body(request), request)
+        text = str(rendered.get("prompt", ""))
+    else:
+        text = prompt.text
+    body = {"content": text, "add_special": True, "parse_special": True}
+    return len((await ask(client, child, "/tokenize", body, request)).get("tokens", []))
 
 
 def connection_lost(started: bool) -> RouterError:
@@ -84,13 +122,13 @@ def connection_lost(started: bool) -> RouterError:
         return RouterError(ErrorReason.BACKEND_FAILED, "llama.cpp ended in the middle of the answer")
     return RouterError(
         ErrorReason.BACKEND_UNAVAILABLE,
-        "the llama.cpp process of this model cannot be reached",
+        "the llama.cpp that serves this model cannot be reached",
         retry_after=RETRY_AFTER,
     )
 
 
-def _headers(child: LlamaProcess) -> dict[str, str]:
-    return {"Authorization": f"Bearer {child.api_key}"}
+def _headers(child: Endpoint) -> dict[str, str]:
+    return {"Authorization": f"Bearer {child.api_key}"} if child.api_key else {}
 
 
 async def _pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
@@ -104,7 +142,22 @@ async def _refusal(response: httpx.Response, request: GenerationRequest) -> Rout
         content += piece
         if len(content) > MAX_ERROR_BYTES:
             return broken_stream()
-    return reported_error(_object(bytes(content)).get("error"), request)
+    return _status_error(response.status_code, bytes(content), request)
+
+
+def _status_error(status: int, content: bytes, request: GenerationRequest | None) -> RouterError:
+    """The error for a reply that is not OK."""
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return RouterError(ErrorReason.BACKEND_UNAVAILABLE, "llama.cpp wants a key that the router does not have")
+    if 300 <= status < 400:
+        problem = "something at the address of llama.cpp sends requests elsewhere"
+        return RouterError(ErrorReason.BACKEND_UNAVAILABLE, problem)
+    if status == httpx.codes.TOO_MANY_REQUESTS:
+        return RouterError(ErrorReason.QUEUE_FULL, "llama.cpp takes no more requests now", retry_after=RETRY_AFTER)
+    try:
+        return reported_error(_object(content).get("error"), request)
+    except RouterError as unreadable:
+        return unreadable
 
 
 def _object(content: bytes) -> dict[str, Any]:

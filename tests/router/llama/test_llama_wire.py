@@ -22,6 +22,7 @@ from router.backends.llama_stream import new_client, stream_answer
 from router.backends.patience import Patience, TimeIsUpError
 from router.domain import (
     Delta,
+    DraftSource,
     ErrorReason,
     Event,
     Finished,
@@ -123,13 +124,13 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*KEYS, "finish_reason"]), JSON, max_size=4))
 def test_any_json_gives_events_or_a_router_error(value: dict[str, Any]) -> None:
-    answer = Answer(counting(), None, drafting=False)
+    answer = Answer(counting(), None, DraftSource.NONE)
     with contextlib.suppress(RouterError):
         list(answer.take(value))
 
 
 def test_an_unknown_way_to_stop_is_not_guessed_at() -> None:
-    answer = Answer(counting(), None, drafting=False)
+    answer = Answer(counting(), None, DraftSource.NONE)
     with pytest.raises(RouterError):
         list(answer.take(LAST | {"stop_type": "novel"}))
 
@@ -176,7 +177,7 @@ PATIENT = Patience(5.0, 5.0, None, "llama.cpp")
 
 async def outcome(child: LlamaProcess, patience: Patience = PATIENT) -> tuple[list[Event], RouterError | None]:
     request = counting(sampling=GREEDY)
-    answer = Answer(request, None, drafting=False)
+    answer = Answer(request, None, DraftSource.NONE)
     path, body = generation_body(request, None, LIMITS)
     events: list[Event] = []
     async with new_client() as client:
