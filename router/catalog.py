@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from router.domain import ErrorReason, ModelFacts, RouterError
+from router.domain import ErrorReason, ModelFacts, ModelFormat, RouterError
 from router.facts import read_facts, unasked_facts
 from router.settings import MODEL_NAME, ModelSettings, SamplingSettings, Settings
 
@@ -22,8 +22,8 @@ DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches
 class ModelEntry:
     """A configured model: its settings, and what its files show.
 
-    `path` is None for a model that Ollama keeps; `gguf` is the same model as a GGUF file, where the settings name one
-    beside a checkpoint.
+    `path` is None for a model that another server keeps; `gguf` is the same model as a GGUF file, where the settings
+    name one beside a checkpoint.
     """
 
     name: str
@@ -46,12 +46,17 @@ class ModelEntry:
 
     @property
     def source(self) -> str:
-        """Name of its file or folder, or its tag at Ollama."""
-        return self.path.name if self.path is not None else str(self.settings.ollama)
+        """Name of its file or folder, or the name by which a server keeps it."""
+        return self.path.name if self.path is not None else self.settings.kept_as
 
     @property
     def context_length(self) -> int:
-        """Tokens of context to serve it with: the setting, else DEFAULT_CONTEXT; at most what it was trained for."""
+        """Tokens of context to serve it with: the setting, else DEFAULT_CONTEXT; at most what it was trained for.
+
+        A llama-server was started with its own.
+        """
+        if self.facts.format is ModelFormat.LLAMA_SERVER and self.facts.context_length:
+            return self.facts.context_length
         wanted = self.settings.context_length or DEFAULT_CONTEXT
         return min(wanted, self.facts.context_length or wanted)
 
@@ -105,6 +110,7 @@ def build_entry(name: str, model: ModelSettings, sampling: SamplingSettings) -> 
     """The entry of one model; `sampling` holds the defaults that its own settings override."""
     merged = sampling.model_copy(update=model.sampling.model_dump(exclude_none=True))
     if model.path is None:
-        return ModelEntry(name, None, model, unasked_facts(str(model.ollama)), merged)
+        kept = ModelFormat.OLLAMA if model.ollama else ModelFormat.LLAMA_SERVER
+        return ModelEntry(name, None, model, unasked_facts(model.kept_as, kept), merged)
     gguf = ModelEntry(name, model.gguf, model, read_facts(model.gguf), merged) if model.gguf else None
     return ModelEntry(name, model.path, model, read_facts(model.path, model.head_path), merged, gguf)

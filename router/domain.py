@@ -207,6 +207,7 @@ class ModelFormat(Enum):
     GGUF = "gguf"
     CHECKPOINT = "checkpoint"  # a folder of safetensors files with a config.json
     OLLAMA = "ollama"  # kept by an Ollama server under a tag
+    LLAMA_SERVER = "llama_server"  # served by a llama-server that somebody else started
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +230,11 @@ class ModelFacts:
         """Whether the capability is shown to be there; False where it is not known."""
         fact = self.capabilities.get(capability)
         return fact is not None and fact.supported is True
+
+    def knows_not(self, capability: Capability) -> bool:
+        """Whether the capability was asked about and the answer does not tell."""
+        fact = self.capabilities.get(capability)
+        return fact is not None and fact.supported is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +259,26 @@ class Drafting:
 class Offer:
     """What a backend offers to routing: its kind, why it cannot be used here if so, and what to know of it.
 
-    `failed` tells that it could be used before: a restart may help.
+    `failed` tells that it could be used before: a restart may help. `external` tells that it serves what it was started
+    with, not files of this machine.
     """
 
     kind: BackendKind
     refusal: str = ""
     remark: str = ""
     failed: bool = False
+    external: bool = False
+
+    @property
+    def serves(self) -> ModelFormat:
+        """The models that it takes."""
+        match self.kind:
+            case BackendKind.MLX:
+                return ModelFormat.CHECKPOINT
+            case BackendKind.OLLAMA:
+                return ModelFormat.OLLAMA
+            case BackendKind.LLAMA_CPP:
+                return ModelFormat.LLAMA_SERVER if self.external else ModelFormat.GGUF
 
 
 class ModelState(Enum):

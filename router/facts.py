@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +44,10 @@ def read_facts(path: Path, head_path: Path | None = None) -> ModelFacts:
     )
 
 
-def unasked_facts(tag: str) -> ModelFacts:
-    """Of a model that Ollama keeps, before it was asked."""
-    unknown = CapabilityFact(None, f"Ollama has not been asked about {tag} yet")
-    return ModelFacts(format=ModelFormat.OLLAMA, capabilities=dict.fromkeys(Capability, unknown))
+def unasked_facts(name: str, kept: ModelFormat) -> ModelFacts:
+    """Of a model that a server keeps, before it was asked."""
+    unknown = CapabilityFact(None, f"the server that keeps {_text(name)} has not been asked about it yet")
+    return ModelFacts(format=kept, capabilities=dict.fromkeys(Capability, unknown))
 
 
 def _text(value: str) -> str:
@@ -82,8 +83,8 @@ def _gguf_capabilities(header: GgufHeader) -> Facts:
             has_template, f"tokenizer.chat_template is {'present' if has_template else 'absent'}"
         ),
         Capability.MTP: _gguf_head(header),
-        Capability.REASONING: _reasoning(header.chat_template),
-        Capability.TOOLS: CapabilityFact(False, "the llama.cpp backend does not pass tools through yet"),
+        Capability.REASONING: reasoning_fact(header.chat_template),
+        Capability.TOOLS: _tools(header.chat_template),
         Capability.JSON_SCHEMA: CapabilityFact(True, "llama.cpp turns JSON Schema into a grammar"),
         Capability.LOGPROBS: CapabilityFact(True, "llama.cpp returns them per token"),
         Capability.COUNT_TOKENS: CapabilityFact(True, "llama.cpp tokenizes without generating"),
@@ -127,7 +128,7 @@ def _checkpoint_capabilities(report: CheckpointReport, template: str) -> Facts:
     return {
         Capability.CHAT: CapabilityFact(bool(template), f"a chat template is {'present' if template else 'absent'}"),
         Capability.MTP: CapabilityFact(report.mtp.status is MTPStatus.PRESENT, head_evidence(report)),
-        Capability.REASONING: _reasoning(template),
+        Capability.REASONING: reasoning_fact(template),
         Capability.TOOLS: CapabilityFact(False, "the MLX engine does not pass tools through yet"),
         Capability.JSON_SCHEMA: CapabilityFact(False, "the MLX engine has no grammars yet"),
         Capability.LOGPROBS: CapabilityFact(False, "the MLX engine does not return them yet"),
@@ -187,7 +188,13 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _reasoning(template: str) -> CapabilityFact:
+def _tools(template: str) -> CapabilityFact:
+    reads = re.search(r"\btools\b", template) is not None
+    return CapabilityFact(reads, "the chat template " + ("reads tools" if reads else "knows no tools"))
+
+
+def reasoning_fact(template: str) -> CapabilityFact:
+    """Whether a chat template knows thinking."""
     if THINKING_SWITCH in template:
         return CapabilityFact(True, f"the chat template reads {THINKING_SWITCH}")
     if "<think>" in template:

@@ -21,13 +21,6 @@ from router.domain import (
     TokensPrompt,
 )
 
-# The files that each kind of backend serves.
-SERVES = {
-    BackendKind.MLX: ModelFormat.CHECKPOINT,
-    BackendKind.LLAMA_CPP: ModelFormat.GGUF,
-    BackendKind.OLLAMA: ModelFormat.OLLAMA,
-}
-
 
 def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
     """What answers `entry`, asked for as `requested`, and why; and the entry in the format that is served.
@@ -45,8 +38,8 @@ def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer])
     named = entry.settings.backend
     if named is not None:
         return _named_route(requested, entry, named, offers.get(named))
-    if entry.facts.format is ModelFormat.OLLAMA:
-        return _ollama_route(requested, entry, offers)
+    if entry.path is None:
+        return _kept_route(requested, entry, offers)
     if entry.facts.format is ModelFormat.GGUF:
         return _gguf_route(requested, entry, offers, _gguf_reason(entry))
     return _checkpoint_route(requested, entry, offers)
@@ -54,10 +47,10 @@ def choose_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer])
 
 def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer | None) -> tuple[Route, ModelEntry]:
     formats = {item.facts.format: item for item in (entry.gguf, entry) if item is not None}
-    served = formats.get(SERVES[offer.kind]) if offer is not None else None
+    served = formats.get(offer.serves) if offer is not None else None
     if offer is None or served is None:
         raise _no_backend(
-            entry, f"the settings name backend {name!r}, which serves no {entry.facts.format.value} files"
+            entry, f"the settings name backend {name!r}, which serves no {entry.facts.format.value} models"
         )
     if offer.refusal:
         raise _no_backend(entry, f"the settings name backend {name!r}, but {offer.refusal}", offer)
@@ -67,8 +60,8 @@ def _named_route(requested: str, entry: ModelEntry, name: str, offer: Offer | No
             reason = _gguf_reason(served)
         case ModelFormat.CHECKPOINT:
             reason = _checkpoint_reason(served, offer)
-        case ModelFormat.OLLAMA:
-            reason = _ollama_reason(served)
+        case ModelFormat.OLLAMA | ModelFormat.LLAMA_SERVER:
+            reason = _kept_reason(served)
     return Route(requested, entry.name, name, offer.kind, f"the settings name backend {name!r}; {reason}"), served
 
 
@@ -77,17 +70,18 @@ def _gguf_route(
 ) -> tuple[Route, ModelEntry]:
     _refuse_problem(entry)
     for name, offer in sorted(offers.items()):
-        if offer.kind is BackendKind.LLAMA_CPP:
+        if offer.serves is ModelFormat.GGUF:
             return Route(requested, entry.name, name, offer.kind, reason), entry
     raise _no_backend(entry, "it is a GGUF file and no llama_cpp backend is configured")
 
 
-def _ollama_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
+def _kept_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
+    """Of a model that some server keeps."""
     _refuse_problem(entry)
     for name, offer in sorted(offers.items()):
-        if offer.kind is BackendKind.OLLAMA:
-            return Route(requested, entry.name, name, offer.kind, _ollama_reason(entry)), entry
-    raise _no_backend(entry, "it is kept by Ollama, and no ollama backend is configured")
+        if offer.serves is entry.facts.format:
+            return Route(requested, entry.name, name, offer.kind, _kept_reason(entry)), entry
+    raise _no_backend(entry, f"no backend of kind {entry.facts.format.value} is configured")
 
 
 def _checkpoint_route(requested: str, entry: ModelEntry, offers: Mapping[str, Offer]) -> tuple[Route, ModelEntry]:
@@ -130,7 +124,9 @@ def _gguf_reason(entry: ModelEntry) -> str:
     return f"{what}; {_drafting_reason(entry)}"
 
 
-def _ollama_reason(entry: ModelEntry) -> str:
+def _kept_reason(entry: ModelEntry) -> str:
+    if entry.facts.format is ModelFormat.LLAMA_SERVER:
+        return f"a llama-server that runs already serves {entry.source}; {_drafting_reason(entry)}"
     cuts = "which drops the oldest messages of a chat that outgrows its context without saying so"
     return f"{entry.source} is kept by Ollama, {cuts}; {_drafting_reason(entry)}"
 
@@ -143,6 +139,8 @@ def _checkpoint_reason(entry: ModelEntry, offer: Offer) -> str:
 
 def _drafting_reason(entry: ModelEntry) -> str:
     head = entry.facts.capabilities[Capability.MTP]
+    if head.supported is None:
+        return head.evidence
     if not head.supported:
         return f"no drafting: {head.evidence}"
     if entry.settings.speculation == "off":
@@ -229,6 +227,9 @@ def _check_speculation(request: GenerationRequest, entry: ModelEntry, drafting: 
             fact = entry.facts.capabilities.get(Capability.MTP)
             why = fact.evidence if fact and not fact.supported else "drafting is switched off in the settings"
             raise _unavailable(entry, Capability.MTP, f"it is served without drafting: {why}")
+        if request.speculation is SpeculationMode.OFF and entry.facts.knows_not(Capability.MTP):
+            evidence = entry.facts.capabilities[Capability.MTP].evidence
+            raise _unavailable(entry, Capability.MTP, f"drafting cannot be ruled out: {evidence}")
         return
     fixed = drafting.fixed_depth
     if fixed is None:

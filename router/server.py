@@ -17,6 +17,7 @@ from mtp_router.generate.v1 import admin_service_pb2, generate_service_pb2, mode
 
 from router.backends.base import Backend
 from router.backends.llama_cpp import LlamaCppBackend
+from router.backends.llama_server import LlamaServerBackend
 from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, build_catalog
@@ -26,7 +27,7 @@ from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
 from router.services.models import ModelService
-from router.settings import LlamaCppSettings, OllamaSettings, ServerSettings, Settings, data_home
+from router.settings import LlamaCppSettings, LlamaServerSettings, OllamaSettings, ServerSettings, Settings, data_home
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
             backends[name] = LlamaCppBackend(name, backend)
         elif isinstance(backend, OllamaSettings):
             backends[name] = OllamaBackend(name, backend)
+        elif isinstance(backend, LlamaServerSettings):
+            backends[name] = LlamaServerBackend(name, backend)
         elif has_checkpoint:
             backends[name] = MlxBackend(name, backend)
     return backends

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -156,7 +156,17 @@ class MlxSettings(_Table):
     )
 
 
-class OllamaSettings(_Table):
+class _ServerElsewhere(_Table):
+    """What every server that somebody else started has in common."""
+
+    max_queued: int = Field(64, ge=0, le=100_000, description="requests that may wait for a model")
+    connect_timeout: float = Field(5.0, gt=0.0, description="seconds until the server must have taken a connection")
+    first_token_timeout: float = Field(300.0, gt=0.0, description="seconds until the first token, loading included")
+    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
+    check_interval: float = Field(10.0, gt=0.0, description="seconds between looks at the server's health")
+
+
+class OllamaSettings(_ServerElsewhere):
     """`[backends.NAME]` with kind "ollama": an Ollama server, here or elsewhere."""
 
     kind: Literal["ollama"] = "ollama"
@@ -166,25 +176,42 @@ class OllamaSettings(_Table):
         description="seconds a model stays loaded after its last request, negative for ever; unset: as it is set there",
     )
     parallel: int = Field(1, ge=1, le=256, description="requests sent at once; Ollama decodes one by one unless told")
-    max_queued: int = Field(64, ge=0, le=100_000, description="requests that may wait for a model")
-    connect_timeout: float = Field(5.0, gt=0.0, description="seconds until the server must have taken a connection")
     load_timeout: float = Field(300.0, gt=0.0, description="seconds a model may take to load")
-    first_token_timeout: float = Field(300.0, gt=0.0, description="seconds until the first token, loading included")
-    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
-    check_interval: float = Field(10.0, gt=0.0, description="seconds between looks at the server's health")
 
     @field_validator("host")
     @classmethod
     def _an_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise ValueError("must be like http://127.0.0.1:11434")
-        if parts.username or parts.password:
-            raise ValueError("must not hold a password; put the server behind one that asks for a key instead")
-        return value.rstrip("/")
+        return _address(value)
 
 
-BackendSettings = Annotated[LlamaCppSettings | MlxSettings | OllamaSettings, Field(discriminator="kind")]
+class LlamaServerSettings(_ServerElsewhere):
+    """`[backends.NAME]` with kind "llama_server": a llama-server that somebody else started, with one model."""
+
+    kind: Literal["llama_server"] = "llama_server"
+    url: str = Field(description="http://host:port, https://host:port, or unix:/path/to/socket")
+    api_key: SecretStr | None = Field(None, description="what it was started with as --api-key")
+    parallel: int = Field(4, ge=1, le=256, description="requests sent at once; what exceeds its slots waits there")
+
+    @field_validator("url")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        if value.startswith("unix:") and len(value) > len("unix:"):
+            return value
+        return _address(value)
+
+
+def _address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError("must be like http://127.0.0.1:8080")
+    if parts.username or parts.password:
+        raise ValueError("must not hold a password: it would be shown in logs")
+    return value.rstrip("/")
+
+
+BackendSettings = Annotated[
+    LlamaCppSettings | MlxSettings | OllamaSettings | LlamaServerSettings, Field(discriminator="kind")
+]
 
 
 class ModelSettings(_Table):
@@ -196,6 +223,12 @@ class ModelSettings(_Table):
     )
     ollama: str | None = Field(
         None, min_length=1, max_length=256, description="tag of a model that Ollama keeps, instead of a path"
+    )
+    llama_server: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="alias or file name by which a llama-server serves the model, instead of a path; checked there",
     )
     gguf: Path | None = Field(
         None, description="the same model as GGUF, for where its checkpoint has no head or no fast device"
@@ -214,11 +247,17 @@ class ModelSettings(_Table):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.path is None) == (self.ollama is None):
-            raise ValueError("needs either path or ollama")
+        places = [self.path, self.ollama, self.llama_server]
+        if sum(place is not None for place in places) != 1:
+            raise ValueError("needs one of path, ollama or llama_server")
         if self.path is None and (self.gguf is not None or self.head_path is not None):
-            raise ValueError("gguf and head_path go with path, not with ollama")
+            raise ValueError("gguf and head_path go with a path")
         return self
+
+    @property
+    def kept_as(self) -> str:
+        """The name by which another server keeps it; "" for one with a path."""
+        return self.ollama or self.llama_server or ""
 
 
 class Settings(BaseSettings):
@@ -276,6 +315,9 @@ class Settings(BaseSettings):
             if entry.backend is not None and entry.backend not in self.backends:
                 known = ", ".join(sorted(self.backends))
                 raise ValueError(f"models.{model}.backend: no backend {entry.backend!r}; there are: {known}")
+            servers = [name for name, backend in self.backends.items() if isinstance(backend, LlamaServerSettings)]
+            if entry.llama_server is not None and entry.backend is None and len(servers) > 1:
+                raise ValueError(f"models.{model}.backend: must say which of {', '.join(servers)} serves it")
         return self
 
 

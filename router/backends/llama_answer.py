@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from router.backends.llama_request import invalid
@@ -21,6 +21,7 @@ from router.domain import (
     SpeculationStatistics,
     Started,
     TokenLogprob,
+    ToolCall,
     Usage,
 )
 
@@ -89,6 +90,7 @@ class Answer:
         self._source = source
         self.fingerprint = ""
         self._timings: Json = {}
+        self._calls: dict[int, list[str]] = {}  # id, name and arguments, by index
         self._prompt_tokens = 0
         self._reported_tokens = 0
         self.started = False
@@ -119,7 +121,11 @@ class Answer:
         self._prompt_tokens = self._timings["cache_n"] + self._timings["prompt_n"]
         yield from self._start()
         yield from self._delta(choice["delta"] if choice else event, choice or event)
+        if choice:
+            self._collect(choice["delta"].get("tool_calls") or ())
         if final.get("stop"):
+            if self._calls and final["stop_type"] != "limit":
+                yield Delta(tool_calls=tuple(ToolCall(*parts) for parts in self._calls.values()))
             if final["stop_type"] == "limit" and self._output_tokens > self._reported_tokens:  # cut inside a character
                 yield Delta(token_count=self._output_tokens - self._reported_tokens)
             yield self._finish(*self._reason(final))
@@ -139,6 +145,15 @@ class Answer:
             yield Delta(text, thought, tokens - self._reported_tokens, logprobs)
             self._reported_tokens = tokens
 
+    def _collect(self, pieces: Iterable[Json]) -> None:
+        """Function calls arrive in pieces: first id and name, then the arguments bit by bit."""
+        for piece in pieces:
+            function = piece["function"]
+            call = self._calls.setdefault(piece["index"], ["", "", ""])
+            call[0] = call[0] or piece.get("id") or f"call_{piece['index']}"
+            call[1] += function.get("name") or ""
+            call[2] += function.get("arguments") or ""
+
     def _logprobs(self, carrier: Json) -> tuple[TokenLogprob, ...]:
         if self.request.top_logprobs is None:
             return ()
@@ -152,6 +167,8 @@ class Answer:
 
     def _reason(self, final: Json) -> tuple[FinishReason, str | None]:
         kind = final["stop_type"]
+        if self._calls and kind in ("word", "eos"):
+            return FinishReason.TOOL_CALLS, None
         if kind == "word":
             return FinishReason.STOP_SEQUENCE, final["stopping_word"]
         if kind == "limit":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from router.backends.llama_answer import Answer
 from router.backends.llama_child import ChildConfig
 from router.backends.llama_process import LlamaProcess, engine_version
-from router.backends.llama_request import chat_body, generation_body, refuse_foreign_tokens
+from router.backends.llama_request import MAX_SEED, chat_body, generation_body, refuse_foreign_tokens
 from router.backends.llama_runner import ModelRunner
 from router.backends.llama_stream import ask, new_client, stream_answer
 from router.backends.patience import Patience, TimeIsUpError
@@ -41,7 +41,6 @@ from router.settings import LlamaCppSettings
 # Failures after which the child is looked at: it may have ended or hang.
 SUSPICIOUS = (ErrorReason.BACKEND_UNAVAILABLE, ErrorReason.BACKEND_FAILED, ErrorReason.BACKEND_STALLED)
 MAX_COUNTING = 2  # requests to count tokens that a child gets at once
-MAX_SEED = 2**32 - 2  # the next one asks llama.cpp to draw a seed of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,7 @@ class LlamaCppBackend:
             "response_format.json_object",
             "reasoning.mode",
             "logprobs",
+            "tools",
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from router.domain import (
     RouterError,
     TextPrompt,
     TokensPrompt,
+    Tool,
 )
 
 CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/completion"
+MAX_SEED = 2**32 - 2  # the next one asks llama.cpp to draw a seed of its own
 SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # the router's order, not llama.cpp's own
 
 Json = dict[str, Any]
@@ -69,6 +72,8 @@ def chat_body(request: GenerationRequest) -> Json:
     assert isinstance(request.prompt, MessagesPrompt)
     body: Json = {"messages": [_message(message) for message in request.prompt.messages]}
     body["reasoning_format"] = "deepseek"  # thoughts in a field of their own
+    if request.tools:
+        body["tools"] = [tool_body(tool) for tool in request.tools]
     if request.reasoning is not ReasoningMode.AUTO:
         body["chat_template_kwargs"] = {"enable_thinking": request.reasoning is ReasoningMode.ON}
     return body
@@ -115,6 +120,13 @@ def _message(message: Message) -> Json:
     if message.tool_call_id:
         body["tool_call_id"] = message.tool_call_id
     return body
+
+
+def tool_body(tool: Tool) -> Json:
+    """A function as chat APIs describe it."""
+    parameters = json.loads(tool.parameters_json_schema) if tool.parameters_json_schema else {"type": "object"}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def _chat_format(response_format: ResponseFormat) -> Json:

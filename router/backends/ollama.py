@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from ollama import ShowResponse
 
+from router.backends.llama_request import MAX_SEED
 from router.backends.ollama_answer import Answer, Piece, broken_stream
 from router.backends.ollama_client import QUESTION_TIMEOUT, failures, interruptions, new_client, unreachable
 from router.backends.ollama_facts import own_stops, read_show
-from router.backends.ollama_request import MAX_SEED, generation_body, load_options
-from router.backends.ollama_watch import Seen, Watch, canonical
+from router.backends.ollama_request import generation_body, load_options
+from router.backends.ollama_watch import OllamaWatch, Seen, canonical
 from router.backends.patience import Patience, TimeIsUpError
 from router.catalog import ModelEntry
 from router.domain import (
@@ -76,7 +77,7 @@ class OllamaBackend:
         self.name = name
         self._settings = settings
         self._client = new_client(settings)
-        self._watch = Watch(settings, self._tell)
+        self._watch = OllamaWatch(settings, self._tell)
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._admissions: dict[str, Admission] = {}
         self._tags: dict[str, str] = {}

@@ -22,7 +22,7 @@ def read_show(tag: str, shown: ShowResponse, size_bytes: int | None) -> ModelFac
         size_bytes: of the model's files, from the list of tags.
     """
     info: Mapping[str, Any] = shown.modelinfo or {}
-    architecture = str(info.get("general.architecture") or (shown.details and shown.details.family) or "")
+    architecture = _architecture(shown, info)
     listed = frozenset(shown.capabilities or ())
     context = info.get(f"{architecture}.context_length")
     quantization = shown.details.quantization_level if shown.details else None
@@ -32,7 +32,7 @@ def read_show(tag: str, shown: ShowResponse, size_bytes: int | None) -> ModelFac
         quantization=(quantization or "")[:MAX_TEXT],
         context_length=context if isinstance(context, int) and context > 0 else None,
         size_bytes=size_bytes,
-        capabilities=_capabilities(tag[:MAX_TEXT], listed, architecture, info),
+        capabilities=_capabilities(tag[:MAX_TEXT], listed, shown, info),
         reasoning_switch="thinking" in listed,
     )
 
@@ -43,11 +43,11 @@ def own_stops(shown: ShowResponse) -> tuple[str, ...]:
     return tuple(text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\") for text in found)
 
 
-def _capabilities(tag: str, listed: frozenset[str], architecture: str, info: Mapping[str, Any]) -> Facts:
+def _capabilities(tag: str, listed: frozenset[str], shown: ShowResponse, info: Mapping[str, Any]) -> Facts:
     says = f"Ollama lists {', '.join(sorted(listed)) or 'no capability'} for {tag}"
     return {
         Capability.CHAT: CapabilityFact("completion" in listed, says),
-        Capability.MTP: _head(architecture, info),
+        Capability.MTP: _head(shown, info),
         Capability.REASONING: CapabilityFact("thinking" in listed, says),
         Capability.TOOLS: CapabilityFact("tools" in listed, says),
         Capability.JSON_SCHEMA: CapabilityFact(True, "Ollama turns JSON Schema into a grammar"),
@@ -57,9 +57,15 @@ def _capabilities(tag: str, listed: frozenset[str], architecture: str, info: Map
     }
 
 
-def _head(architecture: str, info: Mapping[str, Any]) -> CapabilityFact:
-    key = f"{architecture}.nextn_predict_layers"
+def _head(shown: ShowResponse, info: Mapping[str, Any]) -> CapabilityFact:
+    key = f"{_architecture(shown, info)}.nextn_predict_layers"
     heads = info.get(key)
     if isinstance(heads, int) and heads > 0:
         return CapabilityFact(True, f"{key} = {heads} in what Ollama shows of the model")
-    return CapabilityFact(False, f"no {key} in what Ollama shows of the model; its own MLX engine may draft unseen")
+    if shown.details and shown.details.format not in (None, "", "gguf"):
+        return CapabilityFact(None, "Ollama's own MLX engine runs it, which drafts where it can and does not tell")
+    return CapabilityFact(False, f"no {key} in what Ollama shows of the model")
+
+
+def _architecture(shown: ShowResponse, info: Mapping[str, Any]) -> str:
+    return str(info.get("general.architecture") or (shown.details and shown.details.family) or "")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from router.backends.llama_request import invalid
+from router.backends.llama_request import MAX_SEED, invalid, tool_body
 from router.backends.llama_schema import checked_schema
 from router.domain import (
     Capability,
@@ -17,10 +17,8 @@ from router.domain import (
     ModelFacts,
     ReasoningMode,
     TextPrompt,
-    Tool,
 )
 
-MAX_SEED = 2**32 - 2  # llama.cpp, which Ollama runs, takes the next one for "draw one"
 MAX_TOP_LOGPROBS = 20
 
 Json = dict[str, Any]
@@ -62,7 +60,7 @@ def generation_body(
             return body | {"prompt": text, "raw": True}
         case MessagesPrompt(messages):
             if request.tools:
-                body["tools"] = [_tool(tool) for tool in request.tools]
+                body["tools"] = [tool_body(tool) for tool in request.tools]
             return body | {"messages": _messages(messages)}
     raise invalid("token_ids", "Ollama takes no token ids")
 
@@ -130,11 +128,3 @@ def _message(message: Message, names: Mapping[str, str]) -> Json:
     if message.tool_call_id:
         plain["tool_name"] = names.get(message.tool_call_id, message.tool_call_id)
     return plain
-
-
-def _tool(tool: Tool) -> Json:
-    parameters = json.loads(tool.parameters_json_schema) if tool.parameters_json_schema else {"type": "object"}
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
-    }

@@ -125,9 +125,11 @@ def test_a_checkpoint_that_nothing_can_serve(model: ModelEntry, offers: dict[str
 
 
 def test_the_settings_cannot_name_a_backend_for_other_files() -> None:
-    with pytest.raises(RouterError, match="serves no gguf files"):
+    with pytest.raises(RouterError, match="serves no gguf models"):
         choose_route("tiny", entry(backend="m"), OFFERS)
-    with pytest.raises(RouterError, match="serves no gguf files"):  # no checkpoint at all: the engine is not even there
+    with pytest.raises(
+        RouterError, match="serves no gguf models"
+    ):  # no checkpoint at all: the engine is not even there
         choose_route("tiny", entry(backend="m"), {"a": Offer(BackendKind.LLAMA_CPP)})
     slow = replace(checkpoint(), settings=entry(backend="m").settings)
     with pytest.raises(RouterError, match="only a CPU"):

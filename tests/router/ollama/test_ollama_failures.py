@@ -158,7 +158,7 @@ async def test_a_server_that_is_not_there_is_listed_honestly(connect: Connect) -
 async def test_a_server_that_never_answers_is_down(
     connect: Connect, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.backends.ollama_watch.QUESTION_TIMEOUT", 0.2)
+    monkeypatch.setattr("router.backends.watch.LOOK_TIMEOUT", 0.2)
     monkeypatch.setattr("router.backends.ollama.QUESTION_TIMEOUT", 0.2)
     double.fail(hang=True)
     client, backend = await connect()
