@@ -1,0 +1,107 @@
+"""A llama-server that somebody else started: the real llama.cpp in a process of its own, with a key."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.gguf_files import THINKING_TEMPLATE, Script, write_script_model
+
+from router.backends import llama_child
+from router.backends.llama_child import ChildConfig
+from router.backends.llama_server import LlamaServerBackend
+from router.catalog import build_catalog
+from router.client import AsyncClient
+from router.server import RouterServer
+from router.settings import LlamaServerSettings, ModelSettings, ServerSettings, Settings
+
+KEY = "open-sesame"
+THOUGHT = ["<think>", "Let", " me", " ponder", "</think>", "\n", "The", " answer", " is", " 42", "."]
+
+
+class LlamaServer:
+    """The process; `kill` ends it as a crash would."""
+
+    def __init__(self, path: Path) -> None:
+        config = ChildConfig(str(path), KEY, 512, 2, 64, 1, 0, 0)
+        command = [sys.executable, llama_child.__file__]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(asdict(config)) + "\n")
+        self.process.stdin.flush()
+        self.address: str = json.loads(self.process.stdout.readline())["address"]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture(scope="session")
+def words_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thinks before it answers, and counts after "L"."""
+    path = tmp_path_factory.mktemp("gguf") / "words.gguf"
+    scripts = {"<|assistant|>": Script(THOUGHT), "L": Script([f" n{i}" for i in range(50)], repeat=True)}
+    letters = "abcdef"
+    choices = {"S": letters, **dict.fromkeys(letters, letters)}
+    write_script_model(path, scripts, choices=choices, template=THINKING_TEMPLATE)
+    return path
+
+
+@pytest.fixture
+def external(words_file: Path) -> Iterator[LlamaServer]:
+    server = LlamaServer(words_file)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def shared(words_file: Path) -> Iterator[LlamaServer]:
+    """One for all tests of a module that do it no harm."""
+    server = LlamaServer(words_file)
+    yield server
+    server.kill()
+
+
+MODELS = {
+    "words": ModelSettings(llama_server="words"),
+    "file": ModelSettings(llama_server="words.gguf"),
+    "other": ModelSettings(llama_server="another-model"),
+}
+
+Connect = Callable[..., Any]
+
+
+@pytest.fixture
+async def connect(tmp_path: Path) -> AsyncIterator[Connect]:
+    """Starts a router over a server's address; gives a client and the backend."""
+    servers: list[RouterServer] = []
+    clients: list[AsyncClient] = []
+
+    async def start(url: str, **settings: Any) -> tuple[AsyncClient, LlamaServerBackend]:
+        values = {"api_key": KEY, "check_interval": 0.2, **settings}
+        backend = LlamaServerBackend("remote", LlamaServerSettings(url=url, **values))
+        catalog = build_catalog(Settings(models=MODELS), tmp_path / "none")
+        server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"remote": backend})
+        await server.start()
+        servers.append(server)
+        client = AsyncClient(server.address, retry=None)
+        clients.append(await client.__aenter__())
+        return client, backend
+
+    yield start
+    for client in clients:
+        await client.__aexit__(None, None, None)
+    for server in servers:
+        await server.drain()
