@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import re
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from router.discovery import discover
 from router.domain import ErrorReason, ModelFacts, ModelFormat, RouterError
 from router.facts import read_facts, unasked_facts
-from router.settings import MODEL_NAME, ModelSettings, SamplingSettings, Settings
-
-logger = logging.getLogger(__name__)
+from router.settings import ModelSettings, SamplingSettings, Settings
 
 MAX_NAMED, MAX_SHOWN = 32, 128  # known names, and characters of an unknown one, in an error: its size is bounded
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
@@ -90,20 +88,25 @@ class Catalog:
         )
 
 
-def build_catalog(settings: Settings, pulled: Path) -> Catalog:
-    """Reads the headers of every configured model and of every GGUF file in `pulled`.
+async def read_catalog(settings: Settings, pulled: Path) -> Catalog:
+    """Reads the headers of every configured model, and of every one that is discovered (see `discover`).
 
-    A pulled file is served under its stem unless the settings already use that name. A file that cannot be read
-    becomes an entry whose `facts.problem` says why: it is listed, and refused when asked for.
+    A file that cannot be read becomes an entry whose `facts.problem` says why: it is listed, and refused when asked
+    for.
+
+    Args:
+        pulled: folder of fetched models.
     """
-    models: dict[str, ModelSettings] = dict(settings.models)
-    taken = {alias for model in models.values() for alias in model.aliases} | set(models)
-    for file in sorted(pulled.glob("*.gguf")):
-        if not re.fullmatch(MODEL_NAME, file.stem):
-            logger.warning("%r is not served: its name is not a model name", file.name)
-        elif file.stem not in taken:
-            models[file.stem] = ModelSettings(path=file)
-    return Catalog(build_entry(name, model, settings.sampling) for name, model in models.items())
+    found = await discover(settings, pulled)
+    models = {**found, **settings.models}
+    return await asyncio.to_thread(
+        lambda: Catalog(build_entry(name, model, settings.sampling) for name, model in models.items())
+    )
+
+
+def build_catalog(settings: Settings, pulled: Path) -> Catalog:
+    """As `read_catalog`, where no event loop runs."""
+    return asyncio.run(read_catalog(settings, pulled))
 
 
 def build_entry(name: str, model: ModelSettings, sampling: SamplingSettings) -> ModelEntry:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
 from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
 from router.gguf import GgufError, GgufHeader, read_gguf_header
+from router.gguf_split import SplitError, parts
 
 THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
 MAX_TEXT = 400  # characters of evidence
@@ -56,14 +57,24 @@ def _text(value: str) -> str:
 
 
 def _gguf_facts(path: Path) -> ModelFacts:
+    file = path
     try:
-        header = read_gguf_header(path)
+        headers = []
+        for file in parts(path):
+            headers.append(read_gguf_header(file))
+    except SplitError as error:
+        return ModelFacts(problem=f"{path.name} cannot be served: {error}")
     except FileNotFoundError:
-        return ModelFacts(problem=f"{path.name} does not exist")
+        return ModelFacts(problem=f"{file.name} does not exist")
     except OSError as error:
-        return ModelFacts(problem=f"{path.name} cannot be read: {error.strerror}")
+        return ModelFacts(problem=f"{file.name} cannot be read: {error.strerror}")
     except GgufError as error:
-        return ModelFacts(problem=f"{path.name} is not a usable GGUF file: {error}")
+        return ModelFacts(problem=f"{file.name} is not a usable GGUF file: {error}")
+    header = replace(  # of a split model, the first part has the metadata and each its own tensors
+        headers[0],
+        tensors={name: tensor for part in headers for name, tensor in part.tensors.items()},
+        file_bytes=sum(part.file_bytes for part in headers),
+    )
     template = header.chat_template
     return ModelFacts(
         format=ModelFormat.GGUF,

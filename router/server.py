@@ -20,7 +20,7 @@ from router.backends.llama_cpp import LlamaCppBackend
 from router.backends.llama_server import LlamaServerBackend
 from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
-from router.catalog import Catalog, build_catalog
+from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ModelFormat
 from router.services.admin import AdminService
@@ -173,7 +173,7 @@ def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
 
 async def run(settings: Settings, *, announce_json: bool = False) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Raises ListenError."""
-    catalog = await asyncio.to_thread(build_catalog, settings, data_home() / "models")
+    catalog = await read_catalog(settings, data_home() / "models")
     server = RouterServer(settings.server, catalog, build_backends(settings, catalog))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -209,6 +209,17 @@ def _address(value: str) -> str:
     return value.rstrip("/")
 
 
+class DiscoverySettings(_Table):
+    """`[discovery]`: where models lie that are not written down."""
+
+    folders: tuple[Path, ...] = Field(
+        (),
+        description="searched for GGUF files and checkpoints; relative to the settings file, else to the data folder",
+    )
+    hugging_face_cache: bool = Field(False, description="serve what the Hugging Face cache holds, by repository name")
+    ollama: bool = Field(False, description="serve every model that the configured Ollama servers have, by its tag")
+
+
 BackendSettings = Annotated[
     LlamaCppSettings | MlxSettings | OllamaSettings | LlamaServerSettings, Field(discriminator="kind")
 ]
@@ -237,6 +248,9 @@ class ModelSettings(_Table):
         None, description="where a checkpoint's head lies, if not in it: a safetensors file or the original's folder"
     )
     aliases: tuple[ModelName, ...] = ()
+    fallbacks: tuple[ModelName, ...] = Field(
+        (), max_length=8, description="models that answer in its place, in this order, where it cannot be served"
+    )
     backend: BackendName | None = Field(None, description="backend to use; unset: chosen by what the files can do")
     context_length: int | None = Field(
         None, ge=16, le=2**24, description="tokens of context, at most the model's own; unset: up to 8192"
@@ -269,6 +283,7 @@ class Settings(BaseSettings):
 
     server: ServerSettings = ServerSettings()
     sampling: SamplingSettings = SamplingSettings()
+    discovery: DiscoverySettings = DiscoverySettings()
     backends: dict[BackendName, BackendSettings] = Field(default_factory=dict, validate_default=True)
     models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
 
@@ -340,7 +355,9 @@ def load_settings(path: Path | None = None) -> Settings:
     settings = FromFile()
     base = file.parent if file.is_file() else data_home() / "models"
     models = {name: _absolute(model, base) for name, model in settings.models.items()}
-    return settings.model_copy(update={"models": models})
+    folders = tuple(base / folder.expanduser() for folder in settings.discovery.folders)
+    discovery = settings.discovery.model_copy(update={"folders": folders})
+    return settings.model_copy(update={"models": models, "discovery": discovery})
 
 
 def _absolute(model: ModelSettings, base: Path) -> ModelSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -39,6 +40,20 @@ def new_client(settings: OllamaSettings) -> ollama.AsyncClient:
         # Without a pool a server that restarted does not fail the next request on a dead connection.
         transport=_Bounded(httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))),
     )
+
+
+async def list_tags(settings: OllamaSettings) -> list[str]:
+    """Tags of the models that a server has. Raises RouterError where it cannot be asked."""
+    client = new_client(settings)
+    try:
+        with failures("the server"):
+            async with asyncio.timeout(QUESTION_TIMEOUT):
+                listed = await client.list()
+    except TimeoutError:
+        raise RouterError(ErrorReason.BACKEND_STALLED, "Ollama does not answer") from None
+    finally:
+        await client.close()  # type: ignore[no-untyped-call]
+    return sorted(model.model for model in listed.models if model.model)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from support.gguf_files import THINKING_TEMPLATE, Script, write_script_model
 from router.backends import llama_child
 from router.backends.llama_child import ChildConfig
 from router.backends.llama_server import LlamaServerBackend
-from router.catalog import build_catalog
+from router.catalog import read_catalog
 from router.client import AsyncClient
 from router.server import RouterServer
 from router.settings import LlamaServerSettings, ModelSettings, ServerSettings, Settings
@@ -92,7 +92,7 @@ async def connect(tmp_path: Path) -> AsyncIterator[Connect]:
     async def start(url: str, **settings: Any) -> tuple[AsyncClient, LlamaServerBackend]:
         values = {"api_key": KEY, "check_interval": 0.2, **settings}
         backend = LlamaServerBackend("remote", LlamaServerSettings(url=url, **values))
-        catalog = build_catalog(Settings(models=MODELS), tmp_path / "none")
+        catalog = await read_catalog(Settings(models=MODELS), tmp_path / "none")
         server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"remote": backend})
         await server.start()
         servers.append(server)

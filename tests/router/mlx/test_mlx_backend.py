@@ -16,7 +16,7 @@ from mtp_router.generate import v1
 
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.backends.mlx import MlxBackend
-from router.catalog import build_catalog
+from router.catalog import read_catalog
 from router.client import AsyncClient, RouterCallError
 from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
@@ -42,7 +42,7 @@ async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
         "headless": ModelSettings(path=checkpoints / "headless"),
     }
     backend = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, max_queued=2, prefill_chunk=16))
-    catalog = build_catalog(Settings(models=models), checkpoints / "none")
+    catalog = await read_catalog(Settings(models=models), checkpoints / "none")
     server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"mlx": backend})
     await server.start()
     async with AsyncClient(server.address, retry=None) as connected:

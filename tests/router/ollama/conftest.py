@@ -10,7 +10,7 @@ import pytest
 from support.ollama_process import Double
 
 from router.backends.ollama import OllamaBackend
-from router.catalog import build_catalog
+from router.catalog import read_catalog
 from router.client import AsyncClient
 from router.server import RouterServer
 from router.settings import ModelSettings, OllamaSettings, ServerSettings, Settings
@@ -45,7 +45,7 @@ async def connect(double: Double, tmp_path: Path) -> AsyncIterator[Connect]:
         configured = OllamaSettings(host=host or double.address, **{"check_interval": 0.2, **settings})
         backend = OllamaBackend("ollama", configured)
         models = {name: ModelSettings.model_validate(model) for name, model in MODELS.items()}
-        catalog = build_catalog(Settings(models=models), tmp_path / "none")
+        catalog = await read_catalog(Settings(models=models), tmp_path / "none")
         server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"ollama": backend})
         await server.start()
         servers.append(server)

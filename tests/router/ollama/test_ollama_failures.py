@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from mtp_router.generate import v1
 from support.ollama_process import Double
 
 from router.backends import ollama_client
+from router.catalog import read_catalog
 from router.client import RouterCallError
 from router.domain import BackendState
+from router.settings import Settings
 
 Connect = Callable[..., Any]
 
@@ -263,3 +266,11 @@ async def test_cancels_leave_nothing(connect: Connect, double: Double) -> None:
     await until(lambda: len(asyncio.all_tasks()) <= before + 1)
     double.fail()
     assert await hello(client) == "good morning to you "
+
+
+async def test_tags_are_discovered_and_a_silent_server_has_none(double: Double, tmp_path: Path) -> None:
+    backends = {"ollama": {"host": double.address}, "gone": {"kind": "ollama", "host": "http://127.0.0.1:9"}}
+    settings = Settings(discovery={"ollama": True}, backends=backends, models={"mine": {"ollama": "smol"}})
+    catalog = await read_catalog(settings, tmp_path)
+    assert [entry.name for entry in catalog.entries] == ["drafter:latest", "mine", "smol:latest", "thinker:8b"]
+    assert catalog.resolve("thinker:8b").settings.backend == "ollama"
