@@ -13,6 +13,7 @@ MAX_DEPTH = 16
 MAX_TOP_K = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BOUNDARIES = 16
 
 
 class Rule(enum.StrEnum):
@@ -116,6 +117,9 @@ class GenerateParams:
         _require(self.max_tokens >= 1, "max_tokens", "at least 1")
         _require(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "in [0, 2**64)")
         _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        marks = self.boundaries
+        in_prompt = len(marks) <= MAX_BOUNDARIES and all(0 <= mark <= len(self.prompt) for mark in marks)
+        _require(in_prompt, "boundaries", f"at most {MAX_BOUNDARIES} lengths of the prompt")
         _require(len(self.stop_strings) <= MAX_STOPS, "stop_strings", f"at most {MAX_STOPS}")
         lengths_ok = all(1 <= len(text) <= MAX_STOP_LENGTH for text in self.stop_strings)
         _require(lengths_ok, "stop_strings", f"1 to {MAX_STOP_LENGTH} characters each")

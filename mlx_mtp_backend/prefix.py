@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_mtp_backend.api import EngineOptions
 from mlx_mtp_backend.cache.base import copied
+from mlx_mtp_backend.device import memory_bytes
 from mlx_mtp_backend.sequence import Sequence
 
 Rows = list[tuple[mx.array, ...]]  # of each cache, trunk first
 
 RUNG = 8  # chunks between two states that are kept whatever the prompt
+_SHARE, _LIMIT = 8, 4 << 30  # by default one part in so many of the memory, and at most this
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,3 +205,10 @@ def _held(node: _Node) -> int:
 
 def _nbytes(rows: Rows) -> int:
     return sum(array.nbytes for arrays in rows for array in arrays)
+
+
+def budget_bytes(options: EngineOptions) -> int:
+    """What the prefix cache may hold under these options on this machine."""
+    if options.prefix_cache_bytes is not None:
+        return options.prefix_cache_bytes
+    return min(memory_bytes() // _SHARE, _LIMIT)

@@ -14,21 +14,17 @@ from mtp_kernels.registry import Registry
 from mlx_mtp_backend import loading, rounds
 from mlx_mtp_backend.api import EngineOptions, FinishReason, LoadProgress
 from mlx_mtp_backend.calibration import DepthMemory
-from mlx_mtp_backend.depth import Drafted
-from mlx_mtp_backend.device import memory_bytes
 from mlx_mtp_backend.drafters import Draft, Drafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.job import Job
 from mlx_mtp_backend.loading import Resident
 from mlx_mtp_backend.mailbox import Board, Close, Command, Inbox, Load, Submit, Unload
-from mlx_mtp_backend.prefix import PrefixStore
+from mlx_mtp_backend.pacing import paced_round
+from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
 from mlx_mtp_backend.rounds import Committed, DeviceFailure
 from mlx_mtp_backend.sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-_PREFIX_SHARE = 8  # of the machine's memory, one part goes to the prefix cache
-_PREFIX_LIMIT = 4 << 30
 
 
 class NoDrafter:
@@ -47,7 +43,7 @@ class Worker:
         self._board = board
         self._registry = Registry(options.kernel_checks)
         self._depth_memory = DepthMemory(options.depth_memory)
-        self._prefixes = PrefixStore(_prefix_budget(options))
+        self._prefixes = PrefixStore(budget_bytes(options))
         self._residents: dict[str, Resident] = {}
         self._loads: deque[tuple[Load, Generator[LoadProgress, None, Resident]]] = deque()
         self._waiting: deque[Job] = deque()
@@ -224,14 +220,7 @@ class Worker:
 
     def _round(self, resident: Resident, drafter: Drafter, jobs: list[Job]) -> None:
         sequences = [job.sequence for job in jobs if job.sequence is not None]
-        set_depths(resident, sequences)
-        behind = any(sequence.pending_rows > sequence.depth + 1 for sequence in sequences if sequence.depth)
-        done = rounds.run_round(resident.model, drafter, sequences)
-        fates = [
-            Drafted(sequence.acceptance, committed.drafted, max(len(committed.tokens) - 1, 0))
-            for sequence, committed in zip(sequences, done.committed, strict=True)
-        ]
-        resident.depths.observe(fates, done.seconds, typical=not behind)
+        done = paced_round(resident.model, drafter, resident.depths, sequences)
         for job, committed in zip(jobs, done.committed, strict=True):
             job.timed(done)
             self._take(job, committed)
@@ -281,24 +270,6 @@ class Worker:
             self._depth_memory.keep(resident)
         self._residents.clear()
         _release_memory()
-
-
-def set_depths(resident: Resident, sequences: list[Sequence]) -> None:
-    """Give every sequence of the next round whose depth is not fixed the one that pays now."""
-    adaptive = [(s, s.acceptance) for s in sequences if s.acceptance is not None]
-    if not adaptive:
-        return
-    fixed = [sequence for sequence in sequences if sequence.acceptance is None]
-    rows = sum(1 + sequence.round_depth for sequence in fixed)
-    depth = resident.depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows)
-    for sequence, _ in adaptive:
-        sequence.depth = depth
-
-
-def _prefix_budget(options: EngineOptions) -> int:
-    if options.prefix_cache_bytes is not None:
-        return options.prefix_cache_bytes
-    return min(memory_bytes() // _PREFIX_SHARE, _PREFIX_LIMIT)
 
 
 def _report(command: Load, progress: LoadProgress) -> None:

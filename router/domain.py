@@ -414,14 +414,31 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftTimes:
+    """Seconds spent on drafting, verifying and committing, of rounds that may have been shared with other requests."""
+
+    draft: float
+    verify: float
+    commit: float
+
+
+@dataclass(frozen=True, slots=True)
 class SpeculationStatistics:
-    """What drafting did; `positions` holds (drafted, accepted) by draft position, empty where it is not told."""
+    """What drafting did.
+
+    Attributes:
+        positions: (drafted, accepted) by draft position, empty where it is not told.
+        depths: rounds by the number of drafts, from 0 on, empty where it is not told.
+        times: None where it is not told.
+    """
 
     source: DraftSource = DraftSource.NONE
     rounds: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     positions: tuple[tuple[int, int], ...] = ()
+    depths: tuple[int, ...] = ()
+    times: DraftTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
 KINDS_BY_NAME = (*BUILT_IN_BACKENDS, "ollama")  # backends of these names need not say their kind
 
 # Names travel in logs, health names and error metadata, so they are kept plain.
+DEFAULT_DRAFT_DEPTH = 3  # where a backend drafts a fixed number of tokens
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}"
 ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
 BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
@@ -151,6 +152,9 @@ class MlxSettings(_Table):
     unseeded_rule: Literal["auto", "coupling", "rejection"] = Field(
         "auto", description="how drafts are accepted without a seed; auto: what accepted more at load"
     )
+    prefix_cache_mib: int | None = Field(
+        None, ge=0, description="MiB for prompts seen before; unset: an eighth of the memory, at most 4096; 0: none"
+    )
     wiring_check: Literal["off", "warn", "refuse"] = Field(
         "warn", description="what to do where a head predicts no better than chance at load"
     )
@@ -256,7 +260,10 @@ class ModelSettings(_Table):
         None, ge=16, le=2**24, description="tokens of context, at most the model's own; unset: up to 8192"
     )
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
-    draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
+    draft_depth: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
+        "auto",
+        description="tokens drafted a round where a request does not say; auto: what pays on the MLX engine, else 3",
+    )
     sampling: SamplingSettings = SamplingSettings()
 
     @model_validator(mode="after")
@@ -267,6 +274,11 @@ class ModelSettings(_Table):
         if self.path is None and (self.gguf is not None or self.head_path is not None):
             raise ValueError("gguf and head_path go with a path")
         return self
+
+    @property
+    def fixed_draft_depth(self) -> int:
+        """Tokens drafted a round where the backend cannot choose."""
+        return DEFAULT_DRAFT_DEPTH if self.draft_depth == "auto" else self.draft_depth
 
     @property
     def kept_as(self) -> str:

@@ -255,7 +255,7 @@ class LlamaCppBackend:
 def fixed_draft_depth(model: ModelEntry) -> int | None:
     """Tokens drafted a round for every request; None where the file has no head or the settings say not to draft."""
     if model.settings.speculation == "auto" and model.facts.can(Capability.MTP):
-        return model.settings.draft_depth
+        return model.settings.fixed_draft_depth
     return None
 
 

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams
 from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
-from router.backends.mlx_answer import Answer, generate_params, router_error, template_message
+from mlx_mtp_backend.text import ModelText
+from router.backends.mlx_answer import Answer, Prompt, generate_params, router_error, template_message
 from router.backends.mlx_models import Resident, Residents
 from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
@@ -69,12 +70,15 @@ class MlxBackend:
 
     async def start(self) -> None:
         """Starts the engine's thread, where this machine should use it."""
+        prefixes = self._settings.prefix_cache_mib
         options = EngineOptions(
             interpose_blas=self._settings.openblas,
             max_streams=self._settings.parallel,
             max_waiting=self._settings.parallel,  # the line stands in front of the engine, in order of priority
             slow_reader_limit=self._settings.slow_reader_limit,
             kernel_checks=data_home() / "kernel-checks.json",
+            depth_memory=data_home() / "depth-memory.json",
+            prefix_cache_bytes=None if prefixes is None else prefixes << 20,
         )
         loop = asyncio.get_running_loop()
 
@@ -166,8 +170,8 @@ class MlxBackend:
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Counts with the checkpoint's own tokenizer; loads no weights."""
-        ids, _ = await self._prompt(model, request)
-        return TokenCount(len(ids), model.context_length)
+        prompt = await self._prompt(model, request)
+        return TokenCount(len(prompt.tokens), model.context_length)
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model, slice by slice."""
@@ -191,13 +195,13 @@ class MlxBackend:
             async for progress in loading:
                 yield progress
         async with asyncio.timeout_at(deadline):
-            prompt, splitter = await self._prompt(model, request)
+            prompt = await self._prompt(model, request)
         known = self._models.resident(model)
         self._require_head(model, known, request)
-        context = _fitting_context(model, known, len(prompt))
+        context = _fitting_context(model, known, len(prompt.tokens))
         time_left = None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 1e-3)
         params = generate_params(request, model.name, prompt, context, time_left)
-        answer = Answer(request, splitter, context_cut=params.max_tokens < request.stop.max_output_tokens)
+        answer = Answer(request, prompt.splitter, context_cut=params.max_tokens < request.stop.max_output_tokens)
         async with contextlib.aclosing(self._stream(known, params, answer)) as events:
             async for event in events:
                 yield event
@@ -231,23 +235,28 @@ class MlxBackend:
             stream.cancel()
             known.streams.discard(stream)
 
-    async def _prompt(self, model: ModelEntry, request: GenerationRequest) -> tuple[list[int], ThinkSplitter | None]:
-        """Token ids of the prompt, and what tells thinking from answer where the model thinks."""
+    async def _prompt(self, model: ModelEntry, request: GenerationRequest) -> Prompt:
         if isinstance(request.prompt, TokensPrompt):
-            return list(request.prompt.ids), None
+            return Prompt(tuple(request.prompt.ids))
         text = await self._models.text(model)
         if not isinstance(request.prompt, MessagesPrompt):
-            return await asyncio.to_thread(text.encode, request.prompt.text), None
+            return Prompt(tuple(await asyncio.to_thread(text.encode, request.prompt.text)))
         switch = (
             {} if request.reasoning is ReasoningMode.AUTO else {THINKING_SWITCH: request.reasoning is ReasoningMode.ON}
         )
         messages = [template_message(item) for item in request.prompt.messages]
         try:
-            rendered = await asyncio.to_thread(text.render, messages, **switch)
+            return await asyncio.to_thread(self._render, model, text, messages, switch)
         except EngineError as error:
             raise router_error(error, model.name) from None
+
+    def _render(
+        self, model: ModelEntry, text: ModelText, messages: list[dict[str, object]], switch: dict[str, bool]
+    ) -> Prompt:
+        rendered = text.render(messages, **switch)
+        tokens = text.encode(rendered)
         splitter = ThinkSplitter(rendered) if model.facts.can(Capability.REASONING) else None
-        return await asyncio.to_thread(text.encode, rendered), splitter
+        return Prompt(tuple(tokens), text.boundaries(messages, rendered, tokens, **switch), splitter)
 
     def _running(self) -> Engine:
         if self._engine is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import mlx_mtp_backend as engine
 from router.backends.thinking import ThinkSplitter
 from router.domain import (
     Delta,
     DraftSource,
+    DraftTimes,
     ErrorReason,
     Event,
     FieldViolation,
@@ -57,6 +59,20 @@ REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it.
+
+    Attributes:
+        boundaries: lengths up to which other prompts are likely to share it.
+        splitter: tells thinking from answer; None where the text is all answer.
+    """
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    splitter: ThinkSplitter | None = None
+
+
 def template_message(message: Message) -> dict[str, object]:
     """A message as chat templates read it."""
     plain: dict[str, object] = {"role": message.role.value, "content": message.content}
@@ -66,23 +82,24 @@ def template_message(message: Message) -> dict[str, object]:
 
 
 def generate_params(
-    request: GenerationRequest, model: str, prompt: list[int], context_length: int, time_left: float | None
+    request: GenerationRequest, model: str, prompt: Prompt, context_length: int, time_left: float | None
 ) -> engine.GenerateParams:
     """The request as the engine takes it.
 
     Args:
         model: the name that it was loaded under.
-        prompt: token ids, fewer than `context_length`.
+        prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
     """
     sampling, stop = request.sampling, request.stop
     return engine.GenerateParams(
         model=model,
-        prompt=tuple(prompt),
-        max_tokens=min(stop.max_output_tokens, context_length - len(prompt)),
+        prompt=prompt.tokens,
+        max_tokens=min(stop.max_output_tokens, context_length - len(prompt.tokens)),
         sampling=engine.Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
         seed=request.seed,
         depth=0 if request.speculation is SpeculationMode.OFF else request.draft_depth,
+        boundaries=prompt.boundaries,
         stop_tokens=frozenset(stop.token_ids),
         ignore_eos=stop.ignore_end_of_generation,
         stop_strings=stop.sequences,
@@ -111,7 +128,7 @@ class Answer:
         match event:
             case engine.Started():
                 self._started = event
-                return [Prefilling(0, event.prompt_tokens)]
+                return [Prefilling(event.cached_tokens, event.prompt_tokens)]
             case engine.Delta():
                 return self._delta(event)
             case engine.Finished():
@@ -143,13 +160,15 @@ class Answer:
         drafted = sum(counts.drafted)
         return Finished(
             reason,
-            Usage(counts.prompt_tokens, counts.completion_tokens),
+            Usage(counts.prompt_tokens, counts.completion_tokens, counts.cached_tokens),
             SpeculationStatistics(
                 DraftSource.MTP_HEAD if drafted else DraftSource.NONE,
                 counts.rounds if drafted else 0,
                 drafted,
                 sum(counts.accepted),
                 tuple(zip(counts.drafted, counts.accepted, strict=True)),
+                counts.depths if drafted else (),
+                DraftTimes(counts.seconds_draft, counts.seconds_verify, counts.seconds_commit) if drafted else None,
             ),
             matched_sequence=event.stop if isinstance(event.stop, str) else None,
             matched_token=token,

@@ -98,7 +98,7 @@ class Residents:
         settings = self._settings
         options = LoadOptions(
             head_path=model.settings.head_path,
-            depth=model.settings.draft_depth if model.settings.speculation == "auto" else 0,
+            depth=_depth(model),
             unseeded_rule=None if settings.unseeded_rule == "auto" else Rule(settings.unseeded_rule),
             wiring=WiringPolicy(settings.wiring_check),
             prefill_chunk=settings.prefill_chunk,
@@ -162,6 +162,13 @@ class Residents:
                 )
             self._texts[model.name] = text
         return self._texts[model.name]
+
+
+def _depth(model: ModelEntry) -> int | None:
+    """Drafts a round where a request does not say; None: as many as pay."""
+    if model.settings.speculation == "off":
+        return 0
+    return None if model.settings.draft_depth == "auto" else model.settings.draft_depth
 
 
 def _in_use(model: ModelEntry, why: str) -> RouterError:

@@ -295,7 +295,7 @@ class OllamaBackend:
 def _draft_depth(model: ModelEntry) -> int | None:
     """Tokens drafted a round; None where the model shows no head or the settings say not to draft."""
     if model.settings.speculation == "auto" and model.facts.can(Capability.MTP):
-        return model.settings.draft_depth
+        return model.settings.fixed_draft_depth
     return None
 
 

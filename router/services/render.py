@@ -145,13 +145,19 @@ def finished(answer: Answer, event: Finished) -> v1.GenerationFinished:
 def _speculation(event: Finished) -> v1.SpeculationStatistics:
     statistics = event.speculation
     name = "UNSPECIFIED" if statistics.source.name == "UNKNOWN" else statistics.source.name
-    return v1.SpeculationStatistics(
+    message = v1.SpeculationStatistics(
         source=getattr(v1, f"DRAFT_SOURCE_{name}"),
         rounds=statistics.rounds,
         drafted_tokens=statistics.drafted_tokens,
         accepted_tokens=statistics.accepted_tokens,
         positions=[v1.PositionStatistics(drafted=drafted, accepted=kept) for drafted, kept in statistics.positions],
+        depths=statistics.depths,
     )
+    if statistics.times is not None:
+        message.draft.CopyFrom(duration(statistics.times.draft))
+        message.verify.CopyFrom(duration(statistics.times.verify))
+        message.commit.CopyFrom(duration(statistics.times.commit))
+    return message
 
 
 def progress(event: Progress) -> v1.GenerationProgress:

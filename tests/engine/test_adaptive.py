@@ -130,8 +130,11 @@ def test_a_malformed_entry_is_measured_again(history, tmp_path):
 
 
 def test_options_are_checked():
-    for bad in ({"prefix_cache_bytes": -1},):
+    for build in (
+        lambda: EngineOptions(prefix_cache_bytes=-1),
+        lambda: LoadOptions(depth=17),
+        lambda: GenerateParams("m", PROMPT, boundaries=(101,)),
+        lambda: GenerateParams("m", PROMPT, boundaries=(1,) * 17),
+    ):
         with pytest.raises(EngineError):
-            EngineOptions(**bad)
-    with pytest.raises(EngineError):
-        LoadOptions(depth=17)
+            build()
