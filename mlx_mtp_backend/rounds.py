@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, noise, sampling
+from mlx_mtp_backend import acceptance, cache, logprobs, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
-from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
 
@@ -32,6 +34,7 @@ class Committed:
 
     tokens: list[int]
     error: EngineError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def evaluate(arrays: list[mx.array]) -> None:
@@ -57,7 +60,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         primed = _prime_head(model, sequence, hidden.carried, start)
         last = end == sequence.prompt_length
         logits = model.logits(hidden.normed[-1:]) if last else None
-        law = None if logits is None else sampling.transform(logits, sequence.sampling)
+        law = None if logits is None else _first_law(sequence, logits)
     except BaseException:
         sequence.abort()
         raise
@@ -71,8 +74,13 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         return None
     token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Purpose.TARGET)
     finite = mx.all(mx.isfinite(logits), axis=-1)
-    evaluate([*settled, token, finite])
-    return _settle(sequence, ints(token), flags(finite))
+    told = None if sequence.logprobs is None else logprobs.measure(logits, token, sequence.logprobs)
+    evaluate([*settled, token, finite, *(told.arrays if told else [])])
+    return _settle(sequence, ints(token), flags(finite), told)
+
+
+def _first_law(sequence: Sequence, logits: mx.array) -> Law:
+    return sampling.transform(processed(logits, [(sequence.processors, slice(0, 1), None)]), sequence.sampling)
 
 
 def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
@@ -102,6 +110,7 @@ class _Built:
     hidden: Hidden
     outcome: Outcome
     finite: mx.array
+    logprobs: list[Measured | None]
 
 
 def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list[Committed]:
@@ -120,7 +129,8 @@ def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list
             sequence.abort()
         raise
     drafted = [draft.tokens for draft in built.drafts if draft is not None]
-    evaluate([*drafted, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried])
+    told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
+    evaluate([*drafted, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
     return [_commit(sequence, built, place) for place, sequence in enumerate(sequences)]
 
 
@@ -137,8 +147,22 @@ def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
     ]
     hidden = model.trunk(mx.concatenate(rows), segments)
     logits = model.logits(hidden.normed)
-    outcome = _judge(sequences, drafts, split_rows(segments), logits)
-    return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1))
+    slices = split_rows(segments)
+    outcome = _judge(sequences, drafts, slices, logits)
+    measured = [
+        None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
+        for one, draft, part in zip(sequences, drafts, slices, strict=True)
+    ]
+    return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
+
+
+def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
+    """Log-probabilities of the token that each row commits if the round gets to it: its draft where that stands."""
+    token = outcome.token[part]
+    if draft is not None:
+        kept = outcome.stands[part][:-1]
+        token = mx.concatenate([mx.where(kept, draft.tokens, token[:-1]), token[-1:]])
+    return logprobs.measure(logits, token, count)
 
 
 def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array) -> Outcome:
@@ -147,6 +171,10 @@ def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[s
         (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
+    given = [None if draft is None else draft.tokens for draft in drafts]
+    logits = processed(
+        logits, [(one.processors, part, own) for one, part, own in zip(sequences, slices, given, strict=True)]
+    )
     groups = grouped(kinds)
     outcomes, order = [], []
     for (parameters, rule), places in groups.items():
@@ -198,12 +226,14 @@ def _commit(sequence: Sequence, built: _Built, place: int) -> Committed:
         cache.abort(sequence.head)
     sequence.keep_pending(built.hidden.carried[part][: len(tokens)])
     sequence.count(len(drafts), len(tokens) - 1)
-    return _settle(sequence, tokens, flags(built.finite[part])[: len(tokens)])
+    return _settle(sequence, tokens, flags(built.finite[part])[: len(tokens)], built.logprobs[place])
 
 
-def _settle(sequence: Sequence, tokens: list[int], finite: list[bool]) -> Committed:
+def _settle(sequence: Sequence, tokens: list[int], finite: list[bool], measured: Measured | None) -> Committed:
     if not all(finite):
         detail = "the model gave logits that are not finite"
         return Committed([], EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
     sequence.tokens += tokens
-    return Committed(tokens)
+    if sequence.processors is not None:
+        sequence.processors.commit(tokens)
+    return Committed(tokens, logprobs=measured.told(tokens) if measured else ())

@@ -10,6 +10,7 @@ from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.processors import Processors
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,8 @@ class Sequence:
         depth: drafts a round.
         pending: trunk hiddens [m, hidden size] of the last m slots, which the head still has to run; None if it never
             will. Slot p pairs hidden p with token p + 1.
+        processors: what the request does to its logits; None for nothing.
+        logprobs: log-probabilities to tell, as in GenerateParams.
         drafted, accepted: verified and accepted drafts per draft position.
     """
 
@@ -39,6 +42,8 @@ class Sequence:
     head: list[LayerCache]
     prefilled: int = 0
     pending: mx.array | None = None
+    processors: Processors | None = None
+    logprobs: int | None = None
     rounds: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)

@@ -14,7 +14,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mlx_mtp_backend.api import ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.grammar import Grammar, Grammars
 
 MAX_FILE_BYTES = 200_000_000
 
@@ -33,6 +35,7 @@ class ModelText:
         self._template = None if template is None else _environment().from_string(template)
         self.end_tokens = ends
         self.has_template = template is not None
+        self._grammars = Grammars(tokenizer, ends)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens are recognised in the text and none are added."""
@@ -64,6 +67,19 @@ class ModelText:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             detail = f"the chat template refused the messages: {str(error)[:200]}"
             raise EngineError(ErrorReason.INVALID_PARAMS, detail, field="messages") from error
+
+    def compile(self, wanted: ResponseFormat) -> Grammar:
+        """What a reply in this format may say, from its beginning. Compiled formats are kept, and the first of a
+        tokenizer may take a second: call it off the event loop.
+
+        Raises:
+            EngineError: INVALID_PARAMS, if the format cannot be followed.
+        """
+        return self._grammars.compile(wanted)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; the first call may take a second, as `compile`."""
+        return self._grammars.token_bytes(token)
 
     def growing(self) -> GrowingText:
         return GrowingText(self._tokenizer)
