@@ -9,6 +9,7 @@ cost. Everything is compared within one run, plain and drafting in turn; read ra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -140,7 +141,7 @@ def longest_gap(folder: Path, options: argparse.Namespace) -> Row:
         for stream in streams:
             stream.cancel()
     during = [[t for t in times if began <= t <= ended] for times in heard]
-    gap = max(after - before for times in during for before, after in zip(times, times[1:], strict=False))
+    gap = max(after - before for times in during for before, after in itertools.pairwise(times))
     chunks = -(-len(prompt) // chunk)
     # One round goes by between two chunks; the last chunks, over the longest context, take longest.
     return {

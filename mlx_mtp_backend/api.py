@@ -14,6 +14,9 @@ MAX_TOP_K = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_BOUNDARIES = 16
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_RULE_BYTES = 64 * 1024
 
 
 class Rule(enum.StrEnum):
@@ -49,13 +52,20 @@ def _require(ok: bool, field_name: str, wants: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampler's parameters, applied as top-k, top-p, min-p, temperature; ties fall to the lowest id.
+    """The sampler's parameters, applied as bias, penalties, response format, top-k, top-p, min-p, temperature.
+
+    Ties fall to the lowest id. Penalties look at every token before the row's own: prompt, reply and the drafts that
+    the row follows.
 
     Attributes:
         temperature: 0 is greedy; at most 100.
         top_k: keep this many tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
         min_p: drop tokens below this share of the likeliest one's probability; 0 keeps all.
+        repetition_penalty: divides positive and multiplies other logits of tokens that came before; 1 is off.
+        presence_penalty: taken once from the logit of every token that came before; 0 is off.
+        frequency_penalty: taken from a token's logit for each time that it came before; 0 is off.
+        logit_bias: (token, what is added to its logit), each token once.
 
     Raises:
         EngineError: INVALID_PARAMS, naming the field.
@@ -65,16 +75,60 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
         _require(0 <= self.top_k <= MAX_TOP_K, "top_k", f"in [0, {MAX_TOP_K}]")
         _require(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         _require(math.isfinite(self.min_p) and 0 <= self.min_p < 1, "min_p", "in [0, 1)")
+        _require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "in [0.01, 100]")
+        _require(-100 <= self.presence_penalty <= 100, "presence_penalty", "in [-100, 100]")
+        _require(-100 <= self.frequency_penalty <= 100, "frequency_penalty", "in [-100, 100]")
+        _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens")
+        _require(all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias", "in [-100, 100] for each token")
+        _require(len({token for token, _ in self.logit_bias}) == len(self.logit_bias), "logit_bias", "one per token")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+class FormatKind(enum.StrEnum):
+    """The notation of a response format's rule."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # of the Rust crate of that name, without look-around; matches the whole reply
+    LARK = "lark"  # llguidance's dialect of Lark; the rule `start` is the whole reply
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """What the whole reply must look like.
+
+    Attributes:
+        rule: the schema (as JSON), expression or grammar.
+        after: the format binds what follows the first such token, and the reply cannot end before it: for models that
+            are made to think first. None binds the reply from its beginning.
+
+    Raises:
+        EngineError: INVALID_PARAMS, naming the field.
+    """
+
+    kind: FormatKind
+    rule: str
+    after: int | None = None
+
+    def __post_init__(self) -> None:
+        size_ok = 0 < len(self.rule.encode("utf-8", "replace")) <= MAX_RULE_BYTES
+        _require(size_ok, "response_format", f"1 to {MAX_RULE_BYTES} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +148,10 @@ class GenerateParams:
         ignore_eos: do not stop at the model's own end-of-sequence ids.
         stop_strings: texts that end the reply; neither they nor a beginning of them is emitted.
         time_limit: seconds from submission; the tokens by then are the reply. None for no limit.
+        min_tokens: new tokens before a token that ends the reply can be drawn, except where the response format allows
+            nothing else. A stop string ends the reply all the same.
+        response_format: what the reply must look like; None for free text.
+        logprobs: log-probabilities with each token and this many of the likeliest in its place; None for none.
 
     Raises:
         EngineError: INVALID_PARAMS or PROMPT_EMPTY, naming the field.
@@ -110,6 +168,9 @@ class GenerateParams:
     ignore_eos: bool = False
     stop_strings: tuple[str, ...] = ()
     time_limit: float | None = None
+    min_tokens: int = 0
+    response_format: ResponseFormat | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -125,6 +186,11 @@ class GenerateParams:
         _require(lengths_ok, "stop_strings", f"1 to {MAX_STOP_LENGTH} characters each")
         limit = self.time_limit
         _require(limit is None or (math.isfinite(limit) and limit > 0), "time_limit", "a positive number of seconds")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "in [0, max_tokens]")
+        count_ok = self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS
+        _require(count_ok, "logprobs", f"in [0, {MAX_TOP_LOGPROBS}]")
+        format_ends = self.response_format is None or not self.ignore_eos
+        _require(format_ends, "ignore_eos", "off with a response format, whose end is the model's")
 
 
 class WiringPolicy(enum.StrEnum):
@@ -233,12 +299,26 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the model's own law, before bias, penalties, format and sampler.
+
+    Attributes:
+        top: (token, logprob) of the likeliest in its place, likeliest first, ties by lowest id.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New output. `text` is empty while a character or a possible stop string is incomplete, or where the model has
-    no tokenizer; the texts of all deltas, joined, are the reply."""
+    no tokenizer; the texts of all deltas, joined, are the reply. `logprobs` has one entry per token if asked for."""
 
     tokens: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law
 from mlx_mtp_backend.sequence import Sequence
 
@@ -102,7 +103,9 @@ class _Run:
 
 def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> None:
     """The next draft of sequences that sample alike. logits: [len(runs), vocab size]."""
-    law = sampling.transform(logits, parameters, exact=False)
+    made = [mx.concatenate(run.tokens) if run.tokens else None for run in runs]
+    parts = [(run.sequence.processors, slice(row, row + 1), made[row]) for row, run in enumerate(runs)]
+    law = sampling.transform(processed(logits, parts), parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
     positions = mx.array([len(run.sequence.tokens) + len(run.tokens) for run in runs])
     tokens = sampling.choose(law, keys, positions, draft_purpose(rule))

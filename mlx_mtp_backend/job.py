@@ -7,10 +7,22 @@ import time
 from dataclasses import dataclass, field
 
 from mlx_mtp_backend import sequence as sequences
-from mlx_mtp_backend.api import Delta, Finished, FinishReason, GenerateParams, Replay, Rule, Started, Statistics
+from mlx_mtp_backend.api import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateParams,
+    Replay,
+    Rule,
+    Started,
+    Statistics,
+    TokenLogprob,
+)
 from mlx_mtp_backend.errors import EngineError
+from mlx_mtp_backend.grammar import Grammar
 from mlx_mtp_backend.loading import Resident
 from mlx_mtp_backend.prefix import PrefixStore
+from mlx_mtp_backend.processors import processors_of
 from mlx_mtp_backend.rounds import Round
 from mlx_mtp_backend.sequence import Sequence
 from mlx_mtp_backend.stream import Stream
@@ -24,6 +36,7 @@ class Job:
     params: GenerateParams
     stream: Stream
     submitted: float
+    grammar: Grammar | None = None
     resident: Resident | None = None
     sequence: Sequence | None = None
     growing: GrowingText | None = None
@@ -64,6 +77,8 @@ class Job:
             self.scanner = StopScanner(params.stop_strings)
         own_ends = info.text.end_tokens if info.text is not None and not params.ignore_eos else frozenset()
         self.stop_tokens = params.stop_tokens | own_ends
+        self.sequence.processors = processors_of(params, self.stop_tokens, self.grammar)
+        self.sequence.logprobs = params.logprobs
         self.started = time.monotonic()
         replay, reason = self._replay(rule, resident)
         cached = self.sequence.cached
@@ -80,8 +95,11 @@ class Job:
         self.seconds_verify += done.seconds_verify
         self.seconds_commit += done.seconds_commit
 
-    def emit(self, tokens: list[int]) -> bool:
+    def emit(self, tokens: list[int], logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Pass on newly committed tokens, up to whatever ends the reply.
+
+        Args:
+            logprobs: one per token, or none at all.
 
         Returns:
             whether it ended.
@@ -105,7 +123,7 @@ class Job:
             whole = self.emitted >= self.params.max_tokens
             reason = FinishReason.MAX_TOKENS if whole else FinishReason.CONTEXT_LIMIT
         if kept or text:
-            self.stream.put(Delta(tuple(kept), text))
+            self.stream.put(Delta(tuple(kept), text, logprobs[: len(kept)]))
         if reason is not None:
             self.finish(reason, stop=stop)
         return reason is not None

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, noise, sampling
+from mlx_mtp_backend import acceptance, cache, logprobs, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
-from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
 
@@ -35,6 +37,7 @@ class Committed:
     tokens: list[int]
     drafted: int = 0
     error: EngineError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         primed = _prime_head(model, sequence, hidden.carried, start)
         last = end == sequence.prompt_length
         logits = model.logits(hidden.normed[-1:]) if last else None
-        law = None if logits is None else sampling.transform(logits, sequence.sampling)
+        law = None if logits is None else _first_law(sequence, logits)
     except BaseException:
         sequence.abort()
         raise
@@ -95,8 +98,13 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         return None
     token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Purpose.TARGET)
     finite = mx.all(mx.isfinite(logits), axis=-1)
-    evaluate([*settled, token, finite])
-    return _settle(sequence, ints(token), flags(finite))
+    told = None if sequence.logprobs is None else logprobs.measure(logits, token, sequence.logprobs)
+    evaluate([*settled, token, finite, *(told.arrays if told else [])])
+    return _settle(sequence, ints(token), flags(finite), told)
+
+
+def _first_law(sequence: Sequence, logits: mx.array) -> Law:
+    return sampling.transform(processed(logits, [(sequence.processors, slice(0, 1), None)]), sequence.sampling)
 
 
 def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
@@ -127,6 +135,7 @@ class _Built:
     hidden: Hidden
     outcome: Outcome
     finite: mx.array
+    logprobs: list[Measured | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +166,8 @@ def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> Roun
         for sequence in sequences:
             sequence.abort()
         raise
-    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried])
+    told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
+    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
     times.append(time.perf_counter())
     read = _Read(ints(built.rows), flags(built.outcome.stands), ints(built.outcome.token), flags(built.finite))
     committed = [_commit(sequence, built, read, place) for place, sequence in enumerate(sequences)]
@@ -178,8 +188,22 @@ def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) 
     tokens = mx.concatenate(rows)
     hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
-    outcome = _judge(sequences, drafts, split_rows(segments), logits)
-    return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1))
+    slices = split_rows(segments)
+    outcome = _judge(sequences, drafts, slices, logits)
+    measured = [
+        None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
+        for one, draft, part in zip(sequences, drafts, slices, strict=True)
+    ]
+    return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
+
+
+def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
+    """Log-probabilities of the token that each row commits if the round gets to it: its draft where that stands."""
+    token = outcome.token[part]
+    if draft is not None:
+        kept = outcome.stands[part][:-1]
+        token = mx.concatenate([mx.where(kept, draft.tokens, token[:-1]), token[-1:]])
+    return logprobs.measure(logits, token, count)
 
 
 def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array) -> Outcome:
@@ -188,6 +212,10 @@ def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[s
         (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
+    given = [None if draft is None else draft.tokens for draft in drafts]
+    logits = processed(
+        logits, [(one.processors, part, own) for one, part, own in zip(sequences, slices, given, strict=True)]
+    )
     groups = grouped(kinds)
     outcomes, order = [], []
     for (parameters, rule), places in groups.items():
@@ -238,12 +266,16 @@ def _commit(sequence: Sequence, built: _Built, read: _Read, place: int) -> Commi
         cache.abort(sequence.head)
     sequence.keep_pending(built.hidden.carried[part][: len(tokens)])
     sequence.count(len(drafts), len(tokens) - 1)
-    return _settle(sequence, tokens, read.finite[part][: len(tokens)], len(drafts))
+    return _settle(sequence, tokens, read.finite[part][: len(tokens)], built.logprobs[place], len(drafts))
 
 
-def _settle(sequence: Sequence, tokens: list[int], finite: list[bool], drafted: int = 0) -> Committed:
+def _settle(
+    sequence: Sequence, tokens: list[int], finite: list[bool], measured: Measured | None, drafted: int = 0
+) -> Committed:
     if not all(finite):
         detail = "the model gave logits that are not finite"
         return Committed([], drafted, EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
     sequence.tokens += tokens
-    return Committed(tokens, drafted)
+    if sequence.processors is not None:
+        sequence.processors.commit(tokens)
+    return Committed(tokens, drafted, logprobs=measured.told(tokens) if measured else ())

@@ -11,6 +11,7 @@ from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.depth import Acceptance
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.processors import Processors
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,8 @@ class Sequence:
         pending: trunk hiddens, [rows, hidden size] each, of the last slots, which the head still has to run. Slot p
             pairs hidden p with token p + 1.
         depths: rounds by the number of drafts.
+        processors: what the request does to its logits; None for nothing.
+        logprobs: log-probabilities to tell, as in GenerateParams.
         drafted, accepted: verified and accepted drafts per draft position.
     """
 
@@ -48,6 +51,8 @@ class Sequence:
     cached: int = 0
     pending: list[mx.array] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    processors: Processors | None = None
+    logprobs: int | None = None
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 

@@ -15,7 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mlx_mtp_backend.api import ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.grammar import Grammar, Grammars
 
 MAX_FILE_BYTES = 200_000_000
 
@@ -34,6 +36,7 @@ class ModelText:
         self._template = None if template is None else _environment().from_string(template)
         self.end_tokens = ends
         self.has_template = template is not None
+        self._grammars = Grammars(tokenizer, ends)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens are recognised in the text and none are added."""
@@ -89,6 +92,19 @@ class ModelText:
         # The few characters after it are encoded, rather than the long text before it again.
         last = max(0, len(tokens) - len(self.encode(rendered[stable:])) - 1)
         return (system, last) if leading else (last,)
+
+    def compile(self, wanted: ResponseFormat) -> Grammar:
+        """What a reply in this format may say, from its beginning. Compiled formats are kept, and the first of a
+        tokenizer may take a second: call it off the event loop.
+
+        Raises:
+            EngineError: INVALID_PARAMS, if the format cannot be followed.
+        """
+        return self._grammars.compile(wanted)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; the first call may take a second, as `compile`."""
+        return self._grammars.token_bytes(token)
 
     def growing(self) -> GrowingText:
         return GrowingText(self._tokenizer)

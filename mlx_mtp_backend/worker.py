@@ -96,8 +96,8 @@ class Worker:
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(params, stream, submitted):
-                self._waiting.append(Job(params, stream, submitted))
+            case Submit(params, stream, submitted, grammar):
+                self._waiting.append(Job(params, stream, submitted, grammar))
             case Load():
                 self._loads.append((command, self._loading(command)))
             case Unload():
@@ -187,6 +187,9 @@ class Worker:
         except DeviceFailure as error:
             self._lose([job], error)
             return
+        except EngineError as error:
+            self._end(job, FinishReason.ERROR, error)
+            return
         except Exception:
             log.exception("a prefill chunk could not be built")
             self._end(job, FinishReason.ERROR, _build_failure())
@@ -214,6 +217,8 @@ class Worker:
             self._round(resident, NoDrafter(), [job])
         except DeviceFailure as error:
             self._lose([job], error)
+        except EngineError as error:
+            self._end(job, FinishReason.ERROR, error)
         except Exception:
             log.exception("a sequence cannot go on even alone")
             self._end(job, FinishReason.ERROR, _build_failure())
@@ -228,7 +233,7 @@ class Worker:
     def _take(self, job: Job, committed: Committed) -> None:
         if committed.error is not None:
             self._end(job, FinishReason.ERROR, committed.error)
-        elif job.emit(committed.tokens):
+        elif job.emit(committed.tokens, committed.logprobs):
             self._forget(job)
 
     def _lose(self, jobs: list[Job], error: DeviceFailure) -> None:

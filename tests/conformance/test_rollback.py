@@ -179,12 +179,12 @@ BUGS = [
     ("GDN replay of one row too many", delta, "rows[:, :keep]", "rows[:, : keep + 1]"),
     ("conv window not rolled back", delta, "self.conv = tape.conv_input[:, keep : keep + self._window]", "pass"),
     ("conv window one row late", delta, "keep : keep + self._window", "keep + 1 : keep + 1 + self._window"),
-    ("head cache not rolled back", rounds, "cache.commit(sequence.head, sequence.pending.shape[0])", "pass"),
+    ("head cache not rolled back", rounds, "cache.commit(sequence.head, sequence.pending_rows)", "pass"),
     (
         "head keeps a row computed from its own output",
         rounds,
-        "cache.commit(sequence.head, sequence.pending.shape[0])",
-        "cache.commit(sequence.head, sequence.pending.shape[0] + (len(drafts) > 1))",
+        "cache.commit(sequence.head, sequence.pending_rows)",
+        "cache.commit(sequence.head, sequence.pending_rows + (len(drafts) > 1))",
     ),
     (
         "head fed the hiddens of rejected rows",
