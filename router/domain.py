@@ -214,7 +214,8 @@ class ModelFormat(Enum):
 class ModelFacts:
     """What is known of a model's files without loading them.
 
-    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
+    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served;
+    `cache_bytes`, what a token of context takes in the key and value caches; `stamp`, when which files were written.
     """
 
     format: ModelFormat = ModelFormat.GGUF
@@ -225,6 +226,8 @@ class ModelFacts:
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
+    cache_bytes: int | None = None
+    stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:
         """Whether the capability is shown to be there; False where it is not known."""

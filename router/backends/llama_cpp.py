@@ -78,6 +78,7 @@ class LlamaCppBackend:
     def __init__(self, name: str, settings: LlamaCppSettings) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
         self._models: dict[str, _Model] = {}
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._closed = False

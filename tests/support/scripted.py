@@ -67,6 +67,7 @@ class ScriptedBackend:
     fields: frozenset[str] = ALL_FIELDS
     fixed_depth: int | None = None
     drafts: bool = False
+    parallel: int = 2
     requests: list[GenerationRequest] = field(default_factory=list)
     running: int = 0
     stopped_early: int = 0
