@@ -242,13 +242,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What answers a request, and why in one sentence."""
+    """What answers a request, and why in one sentence.
+
+    `fallback_cause` tells why the requested model itself could not, where one of its fallbacks answers.
+    """
 
     requested_model: str
     model: str
     backend: str
     kind: BackendKind
     reason: str
+    fallback_cause: ErrorReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,8 @@ class FakeRouter(v1.GenerateServiceServicer, v1.ModelServiceServicer, v1.AdminSe
                 quantization="Q4_1",
                 size_bytes=98_362_432,
                 capabilities=[
+                memory_bytes=475_849_728,
+                fallbacks=["spare"],
                     v1.CapabilityReport(
                         capability=v1.CAPABILITY_CHAT,
                         support=v1.CAPABILITY_SUPPORT_SUPPORTED,
