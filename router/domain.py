@@ -482,6 +482,7 @@ class ErrorReason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INTERNAL = "INTERNAL"
     NON_FINITE_LOGITS = "NON_FINITE_LOGITS"
+    SETTINGS_INVALID = "SETTINGS_INVALID"
 
 
 @dataclass(frozen=True, slots=True)
