@@ -214,7 +214,8 @@ class ModelFormat(Enum):
 class ModelFacts:
     """What is known of a model's files without loading them.
 
-    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
+    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served;
+    `cache_bytes`, what a token of context takes in the key and value caches; `stamp`, when which files were written.
     """
 
     format: ModelFormat = ModelFormat.GGUF
@@ -225,6 +226,8 @@ class ModelFacts:
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
+    cache_bytes: int | None = None
+    stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:
         """Whether the capability is shown to be there; False where it is not known."""
@@ -239,13 +242,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What answers a request, and why in one sentence."""
+    """What answers a request, and why in one sentence.
+
+    `fallback_cause` tells why the requested model itself could not, where one of its fallbacks answers.
+    """
 
     requested_model: str
     model: str
     backend: str
     kind: BackendKind
     reason: str
+    fallback_cause: ErrorReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +499,7 @@ class ErrorReason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INTERNAL = "INTERNAL"
     NON_FINITE_LOGITS = "NON_FINITE_LOGITS"
+    SETTINGS_INVALID = "SETTINGS_INVALID"
 
 
 @dataclass(frozen=True, slots=True)

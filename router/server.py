@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,7 +23,8 @@ from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
-from router.domain import BackendState, BackendStatus, ModelFormat
+from router.domain import BackendState, BackendStatus, ModelFormat, RouterError
+from router.refresh import Reader, Refreshed, refresh
 from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
@@ -71,11 +73,20 @@ class RouterServer:
         settings: of the server itself.
         catalog: the configured models.
         backends: by the names that the settings give them; the server starts and closes them.
+        reader: reads the settings again; None: nothing ever changes.
     """
 
-    def __init__(self, settings: ServerSettings, catalog: Catalog, backends: Mapping[str, Backend]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        catalog: Catalog,
+        backends: Mapping[str, Backend],
+        reader: Reader | None = None,
+    ) -> None:
         self._settings = settings
         self._dispatcher = Dispatcher(catalog, backends)
+        self._reader = reader
+        self._refreshing = asyncio.Lock()
         self._health = health.aio.HealthServicer()
         self._calls = Calls(settings.default_deadline)
         self._server = grpc.aio.server(
@@ -99,7 +110,7 @@ class RouterServer:
         )
         v1.add_ModelServiceServicer_to_server(ModelService(self._dispatcher), self._server)
         v1.add_AdminServiceServicer_to_server(
-            AdminService(self._dispatcher, self._calls, enabled=self._settings.admin), self._server
+            AdminService(self._dispatcher, self._calls, self.refresh, enabled=self._settings.admin), self._server
         )
         if self._settings.reflection:
             names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -107,12 +118,26 @@ class RouterServer:
         self.address = self._bind()
         self._health_task = asyncio.create_task(self._publish_health())
         for backend in self._dispatcher.backends.values():
-            backend.on_status_change(self._status_changed)
-            await backend.start()
-            self._status_changed(backend.status())
+            await self._start_backend(backend)
         await self._server.start()
         for name in SERVICE_NAMES:
             await self._health.set(name, SERVING)
+
+    async def _start_backend(self, backend: Backend) -> None:
+        backend.on_status_change(self._status_changed)
+        await backend.start()
+        self._status_changed(backend.status())
+
+    async def refresh(self) -> Refreshed:
+        """Reads the settings and looks for models again. Raises RouterError SETTINGS_INVALID."""
+        if self._reader is None:
+            return Refreshed()
+        async with self._refreshing:
+            found = await self._reader.read(self._dispatcher)
+            for name, backend in found.backends.items():
+                await self._start_backend(backend)
+                self._dispatcher.backends[name] = backend
+            return await refresh(self._dispatcher, found.catalog, found.needs_restart)
 
     def _bind(self) -> str:
         listen = self._settings.listen
@@ -171,20 +196,44 @@ def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
     return backends
 
 
-async def run(settings: Settings, *, announce_json: bool = False) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Raises ListenError."""
-    catalog = await read_catalog(settings, data_home() / "models")
-    server = RouterServer(settings.server, catalog, build_backends(settings, catalog))
+async def run(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. SIGHUP looks for models again.
+
+    Raises:
+        ListenError: it cannot listen at its address.
+    """
+    pulled = data_home() / "models"
+    catalog = await read_catalog(settings, pulled)
+    reader = Reader(settings, load, pulled, build_backends)
+    server = RouterServer(settings.server, catalog, build_backends(settings, catalog), reader)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    refreshes: set[asyncio.Task[None]] = set()
+
+    def hang_up() -> None:
+        task = asyncio.create_task(_refresh_quietly(server))
+        refreshes.add(task)
+        task.add_done_callback(refreshes.discard)
+
     await server.start()
+    # Of a terminal that was closed, the signal means what it says.
+    loop.add_signal_handler(signal.SIGHUP, stop.set if _on_terminal() else hang_up)
     _announce(server.address, catalog, as_json=announce_json)
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
     await server.drain()
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
+async def _refresh_quietly(server: RouterServer) -> None:
+    with contextlib.suppress(RouterError):  # it is in the log
+        await server.refresh()
 
 
 def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
@@ -196,12 +245,16 @@ def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
     print(line, flush=True)
 
 
-def serve(settings: Settings, *, announce_json: bool = False) -> int:
-    """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen."""
+def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> int:
+    """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen.
+
+    Args:
+        load: reads the settings again.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
-        asyncio.run(run(settings, announce_json=announce_json))
+        asyncio.run(run(settings, load, announce_json=announce_json))
     except ListenError as error:
         print(f"mtp-router: {error}", file=sys.stderr)
         return 1

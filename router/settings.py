@@ -339,6 +339,8 @@ class Settings(BaseSettings):
                 if name in names:
                     raise ValueError(f"the name {name!r} stands for both {names[name]!r} and {model!r}")
                 names[name] = model
+            if {model, *entry.aliases} & set(entry.fallbacks):
+                raise ValueError(f"models.{model}.fallbacks: {model!r} cannot answer in its own place")
             if entry.backend is not None and entry.backend not in self.backends:
                 known = ", ".join(sorted(self.backends))
                 raise ValueError(f"models.{model}.backend: no backend {entry.backend!r}; there are: {known}")

@@ -78,8 +78,10 @@ class LlamaCppBackend:
     def __init__(self, name: str, settings: LlamaCppSettings) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
         self._models: dict[str, _Model] = {}
         self._listeners: list[Callable[[BackendStatus], None]] = []
+        self._restarts = 0  # of models that were dropped since
         self._closed = False
         self._client = new_client()
         self._counting = asyncio.Semaphore(MAX_COUNTING)
@@ -112,7 +114,7 @@ class LlamaCppBackend:
             active_requests=sum(model.admission.active for model in self._models.values()),
             queued_requests=sum(model.admission.queued for model in self._models.values()),
             loaded_models=loaded,
-            restarts=sum(runner.restarts for runner in runners.values()),
+            restarts=self._restarts + sum(runner.restarts for runner in runners.values()),
             retry_after=down.retry_after if down else None,
         )
 
@@ -181,10 +183,9 @@ class LlamaCppBackend:
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model; llama.cpp does not tell how far it is."""
-        runner = self._serve(model).runner
-        if runner.state is not ModelState.READY:
+        if self._serve(model).runner.state is not ModelState.READY:
             yield Loading()
-            await runner.ready()
+            await self._serve(model).runner.ready()  # the model may have been dropped meanwhile
 
     async def unload(self, model: ModelEntry, *, force: bool) -> None:
         """Ends the model's child."""
@@ -199,6 +200,10 @@ class LlamaCppBackend:
                 metadata={"model": model.name, "requests": str(in_use)},
             )
         await served.runner.unload()
+        in_use = served.admission.active + served.admission.queued
+        if not in_use and served.runner.state is ModelState.COLD and self._models.get(model.name) is served:
+            del self._models[model.name]  # the next load starts from the model as it is configured then
+            self._restarts += served.runner.restarts
 
     async def _answer(
         self, served: _Model, ticket: Ticket, answer: Answer, patience: Patience

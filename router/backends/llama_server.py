@@ -82,6 +82,7 @@ class LlamaServerBackend:
     def __init__(self, name: str, settings: LlamaServerSettings) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
         socket = settings.url.removeprefix("unix:") if settings.url.startswith("unix:") else None
         key = settings.api_key.get_secret_value() if settings.api_key else ""
         self._server = Server("http://localhost" if socket else settings.url, key)

@@ -62,6 +62,7 @@ class MlxBackend:
     def __init__(self, name: str, settings: MlxSettings) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
         self._engine: Engine | None = None
         self._offer = Offer(self.kind, "the engine has not started")
         self._models = Residents(settings)

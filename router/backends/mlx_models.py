@@ -121,6 +121,8 @@ class Residents:
         if known.loading is not None:
             raise _in_use(model, "it is being loaded")
         if known.loaded is None:
+            known.error = None
+            self._texts.pop(model.name, None)  # the files may be others the next time
             return
         if known.streams and not force:
             raise _in_use(model, f"{len(known.streams)} requests use it")

@@ -76,6 +76,7 @@ class OllamaBackend:
     def __init__(self, name: str, settings: OllamaSettings) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
         self._client = new_client(settings)
         self._watch = OllamaWatch(settings, self._tell)
         self._listeners: list[Callable[[BackendStatus], None]] = []

@@ -341,6 +341,7 @@ async def test_admin_can_be_switched_off(start_server) -> None:  # type: ignore[
         stub.PreloadModel(v1.PreloadModelRequest(name="tiny")),
         stub.UnloadModel(v1.UnloadModelRequest(name="tiny")),
         stub.ListBackends(v1.ListBackendsRequest()),
+        stub.RefreshModels(v1.RefreshModelsRequest()),
     ):
         error, details = await failure(call)
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED
