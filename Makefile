@@ -31,8 +31,8 @@ demo: setup  ## fold a storm of 41 alerts into one incident summary
 serve: setup  ## start the service; Ctrl-C drains it
 	$(BIN)/mtp-router serve
 
-test: setup  ## run every test
-	$(BIN)/python -m pytest
+test: setup  ## run every test, on every core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
