@@ -9,7 +9,7 @@ EXTRAS ?= [cpu,openblas]
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance lint protos clean
+.PHONY: help setup demo serve test conformance scheduler lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test: setup  ## run every test, on every core
 
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
+
+scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
+	$(BIN)/python -m benchmarks.scheduler
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .
