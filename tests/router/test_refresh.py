@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from router.catalog import Catalog, ModelEntry, read_catalog
 from router.client import AsyncClient, Client, ModelNotFoundError, RouterCallError
 from router.dispatch import Dispatcher
 from router.domain import GenerationRequest, ModelState, Started, TextPrompt
+from router.lifecycle import Lifecycle
 from router.refresh import Reader, Refreshed, refresh
 from router.server import RouterServer, build_backends
 from router.settings import Settings, load_settings
@@ -124,8 +126,10 @@ async def serve(home: Home) -> AsyncIterator[Serve]:
         settings = load_settings(home.file)
         pulled = home.folder / "home" / "models"
         read = await read_catalog(settings, pulled)
-        reader = Reader(settings, lambda: load_settings(home.file), pulled, build_backends)
-        servers.append(RouterServer(settings.server, read, build_backends(settings, read), reader))
+        lifecycle = Lifecycle(settings.scheduler)
+        build = functools.partial(build_backends, lifecycle=lifecycle)
+        reader = Reader(settings, lambda: load_settings(home.file), pulled, build)
+        servers.append(RouterServer(settings.server, read, build(settings, read), reader, lifecycle))
         await servers[-1].start()
         clients.append(AsyncClient(servers[-1].address, retry=None))
         return await clients[-1].__aenter__()

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import read_catalog
 from router.client import Client
+from router.lifecycle import Lifecycle
 from router.server import RouterServer, build_backends
 from router.settings import Settings
 
@@ -138,7 +139,8 @@ def _running(settings: Settings, folder: Path) -> Iterator[str]:
         nonlocal address
         server_settings = settings.server.model_copy(update={"listen": "127.0.0.1:0", "drain_grace": 0.0})
         catalog = await read_catalog(settings, folder / "none")
-        server = RouterServer(server_settings, catalog, build_backends(settings, catalog))
+        backends = build_backends(settings, catalog, Lifecycle(settings.scheduler))
+        server = RouterServer(server_settings, catalog, backends)
         await server.start()
         address = server.address
         ready.set()
