@@ -147,11 +147,10 @@ def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
     ]
     hidden = model.trunk(mx.concatenate(rows), segments)
     logits = model.logits(hidden.normed)
-    slices = split_rows(segments)
-    outcome = _judge(sequences, drafts, slices, logits)
+    outcome = _judge(sequences, drafts, split_rows(segments), logits)
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
-        for one, draft, part in zip(sequences, drafts, slices, strict=True)
+        for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
     ]
     return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
 
