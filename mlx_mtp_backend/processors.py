@@ -107,10 +107,9 @@ def processed(logits: mx.array, parts: Sequence[tuple[Processors | None, slice, 
 
 def _masked(logits: mx.array, masks: mx.array) -> mx.array:
     """-inf where a token's bit is not set. masks: uint32 [R, words], bit t % 32 of word t // 32 for token t."""
-    vocab_size = logits.shape[-1]
-    words = mx.repeat(masks, _WORD, axis=-1)[:, :vocab_size]
-    allowed = (words >> (mx.arange(vocab_size, dtype=mx.uint32) % _WORD)) & 1
-    return mx.where(allowed == 1, logits, -math.inf)
+    bits = (masks[..., None] >> mx.arange(_WORD, dtype=mx.uint32)) & 1
+    allowed = bits.astype(mx.bool_).reshape(logits.shape[0], -1)[:, : logits.shape[-1]]
+    return mx.where(allowed, logits, -math.inf)
 
 
 def _widened(mask: Mask | None, vocab_size: int) -> Mask:

@@ -195,11 +195,9 @@ BIAS_LAST = (
     "    p = Law(p - mx.logsumexp(p, axis=-1, keepdims=True))",
 )
 BUGS = [
-    ("penalties of row 0 used for all rows", ROW_0_COUNTS, Rule.COUPLING, "penalties and bias"),
     ("penalties of row 0 used for all rows", ROW_0_COUNTS, Rule.REJECTION, "penalties and bias"),
     ("bias after top-k", BIAS_LAST, Rule.COUPLING, "penalties and bias"),
     ("grammar state of row 0 used for all rows", ROW_0_GRAMMAR, Rule.COUPLING, "format"),
-    ("grammar state of row 0 used for all rows", ROW_0_GRAMMAR, Rule.REJECTION, "format"),
     ("noise reused across positions", POSITIONS, Rule.COUPLING, "all tokens"),
     ("noise reused across positions", POSITIONS, Rule.REJECTION, "all tokens"),
     ("row 0's history used for all rows", ROW_0, Rule.COUPLING, "top-k 3"),
