@@ -26,20 +26,22 @@ SAMPLINGS = {
     "1.0": Sampling(1.0),
 }
 DRAFTERS = [0.0, 0.5, 0.9, 1.0, "head"]
-# Everything at once. A token that came before is favoured, so that two rows of a pass often differ by its draft.
+# Everything at once. Tokens that came often are favoured, so that two rows of a pass often differ by its draft.
 EVERYTHING = Sampling(
     temperature=0.8,
     top_k=30,
     top_p=0.95,
     min_p=0.01,
     repetition_penalty=1.2,
-    presence_penalty=-4.0,
-    frequency_penalty=0.7,
-    logit_bias=((41, 4.0), (82, 4.0), (2, 5.0), (410, -5.0)),  # 2 ends a reply
+    presence_penalty=1.0,
+    frequency_penalty=-2.0,
+    logit_bias=((41, 4.0), (82, 4.0), (2, 9.0), (410, -5.0)),  # 2 ends a reply
 )
 FORMATS = {
     "free text": None,
-    "JSON": ResponseFormat(FormatKind.JSON_SCHEMA, '{"type": "object", "additionalProperties": {"type": "integer"}}'),
+    "JSON": ResponseFormat(
+        FormatKind.JSON_SCHEMA, '{"type": "array", "items": {"enum": [true, 7, "a"]}, "minItems": 4}'
+    ),
     "expression": ResponseFormat(FormatKind.REGEX, r"([a-z]+[ ,.]){2,20}"),
 }
 

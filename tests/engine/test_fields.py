@@ -227,6 +227,23 @@ def test_a_field_is_not_ignored(field, ask):
     CHECKS[field](ask)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": {"logit_bias": ((77, 100.0),)}},
+        # Each token once, in order: the penalty of a draft decides what the next draft is.
+        {"sampling": {"presence_penalty": 100.0, "logit_bias": tuple((100 + i, 100.0 - 12 * i) for i in range(9))}},
+        {"response_format": ResponseFormat(FormatKind.REGEX, "(0123456789){4}"), "ignore_eos": False},
+    ],
+)
+def test_drafts_go_through_the_same_processors(ask, changes):
+    """Where the processors leave one token, every draft is that token; a drafter that does not know them would fail."""
+    for seed in (5, None):
+        statistics = ask(seed=seed, max_tokens=NEW // 2, **changes).end.statistics
+        assert sum(statistics.drafted) > 3
+        assert statistics.accepted == statistics.drafted
+
+
 def test_logprobs_are_those_of_the_models_law(ask):
     """Token by token the same as those of a request for one token, under rejection too, where drafts fall."""
     free = ask(seed=None, logprobs=20)

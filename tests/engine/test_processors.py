@@ -168,15 +168,13 @@ def test_a_format_after_a_token_binds_only_what_follows(text):
 def test_requests_that_ask_for_nothing_have_no_processors(text):
     assert processors_of(GenerateParams("m", (1,), sampling=Sampling(0.3, 5, 0.9, 0.1)), ENDS) is None
     logits = mx.zeros((3, VOCAB))
-    assert processed(logits, [(None, slice(0, 3), None)]) is logits
+    assert processed(logits, []) is logits
 
 
 def test_only_the_rows_of_their_sequence_are_processed():
     processors = Processors(GenerateParams("m", (1,), sampling=Sampling(logit_bias=((3, 1.0),))), ENDS)
     logits = mx.zeros((4, VOCAB), mx.float16)
-    found = processed(
-        logits, [(None, slice(0, 1), None), (processors, slice(1, 3), mx.array([4])), (None, slice(3, 4), None)]
-    )
+    found = processed(logits, [(processors, slice(1, 3), mx.array([4]))])
     assert found.dtype == mx.float32
     assert found[:, 3].tolist() == [0, 1, 1, 0]
     assert mx.sum(found).item() == 2
