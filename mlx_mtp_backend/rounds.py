@@ -104,7 +104,9 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
 
 
 def _first_law(sequence: Sequence, logits: mx.array) -> Law:
-    return sampling.transform(processed(logits, [(sequence.processors, slice(0, 1), None)]), sequence.sampling)
+    if sequence.processors is not None:
+        logits = processed(logits, [(sequence.processors, slice(0, 1), None)])
+    return sampling.transform(logits, sequence.sampling)
 
 
 def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
@@ -188,11 +190,10 @@ def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) 
     tokens = mx.concatenate(rows)
     hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
-    slices = split_rows(segments)
-    outcome = _judge(sequences, drafts, slices, logits)
+    outcome = _judge(sequences, drafts, split_rows(segments), logits)
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
-        for one, draft, part in zip(sequences, drafts, slices, strict=True)
+        for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
     ]
     return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
 
@@ -212,10 +213,12 @@ def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[s
         (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
-    given = [None if draft is None else draft.tokens for draft in drafts]
-    logits = processed(
-        logits, [(one.processors, part, own) for one, part, own in zip(sequences, slices, given, strict=True)]
-    )
+    parts = [
+        (one.processors, part, None if draft is None else draft.tokens)
+        for one, part, draft in zip(sequences, slices, drafts, strict=True)
+        if one.processors is not None
+    ]
+    logits = processed(logits, parts)
     groups = grouped(kinds)
     outcomes, order = [], []
     for (parameters, rule), places in groups.items():

@@ -164,8 +164,8 @@ def _checkpoint_capabilities(report: CheckpointReport, template: str) -> Facts:
         Capability.MTP: CapabilityFact(report.mtp.status is MTPStatus.PRESENT, head_evidence(report)),
         Capability.REASONING: reasoning_fact(template),
         Capability.TOOLS: CapabilityFact(False, "the MLX engine does not pass tools through yet"),
-        Capability.JSON_SCHEMA: CapabilityFact(False, "the MLX engine has no grammars yet"),
-        Capability.LOGPROBS: CapabilityFact(False, "the MLX engine does not return them yet"),
+        Capability.JSON_SCHEMA: CapabilityFact(True, "the MLX engine masks what a format does not allow"),
+        Capability.LOGPROBS: CapabilityFact(True, "the MLX engine returns them per token"),
         Capability.COUNT_TOKENS: CapabilityFact(True, "the tokenizer counts without generating"),
         Capability.TOKEN_PROMPT: CapabilityFact(True, "the MLX engine takes token ids"),
     }

@@ -107,7 +107,14 @@ class Residents:
             known.error = None
 
     async def text(self, model: ModelEntry) -> ModelText:
-        """Tokenizer and template, read once; loads no weights. Raises RouterError MODEL_LOAD_FAILED."""
+        """Tokenizer and template: the engine's own once it has the model, before that read here, without weights.
+
+        Raises:
+            RouterError: MODEL_LOAD_FAILED.
+        """
+        loaded = self.resident(model).loaded
+        if loaded is not None and loaded.text is not None:
+            return loaded.text
         if model.name not in self._texts:
             try:
                 text = await asyncio.to_thread(load_text, model.files)
