@@ -10,9 +10,8 @@ inline float tree(float v) {
   return v;
 }
 
-template <typename T, int BITS, int GROUP, int ROWS, bool NORM>
-inline void multiply(const device T* x, const device T* norm_weight, const device uint* w, const device T* scales,
-                     const device T* biases, int K, uint lane, thread float (&sums)[ROWS], thread float (&squares)[ROWS]) {
+template <typename T, int BITS, int GROUP, int ROWS, bool NORM, typename Scales>
+inline void multiply(const device T* x, const device T* norm_weight, const device uint* w, Scales scales, Scales biases, int K, uint lane, thread float (&sums)[ROWS], thread float (&squares)[ROWS]) {
   constexpr int kValues = 32 / BITS;
   constexpr uint kMask = (1u << BITS) - 1;
   for (int word = lane; word < K / kValues; word += 32) {

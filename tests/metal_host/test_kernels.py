@@ -1,0 +1,56 @@
+"""Every shipped Metal text against its reference, and eight rows in one pass against fewer, bit for bit."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mtp_kernels.launch import metal_through
+from mtp_kernels.registry import Case, check
+
+from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix
+from tests.metal_host.host import Host
+
+BF16, F16 = mx.bfloat16, mx.float16
+TOLERANCE = {BF16: 2e-4, F16: 1e-4}  # a few results in a thousand may round to the neighbouring value
+
+
+def matmul(features: tuple[int, ...], inputs: int, bits: int, group: int, dtype: mx.Dtype, **fusion: bool) -> Case:
+    return matmul_case([matrix(n, inputs, bits, group, dtype) for n in features], dtype, **fusion)
+
+
+FORMATS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (16, 0)]
+CASES = {
+    "matmul-norm-two": (lambda: matmul((40, 21), 512, 4, 64, BF16, norm=True), (1, 3, 5)),
+    "matmul-swiglu": (lambda: matmul((37, 37), 256, 4, 64, BF16, swiglu=True, norm=True), (1,)),
+    "matmul-swiglu-8": (lambda: matmul((13, 13), 256, 8, 64, F16, swiglu=True), (1,)),
+    "matmul-residual": (lambda: matmul((50,), 640, 4, 64, BF16, residual=True), (1, 4)),
+    "matmul-one-feature": (lambda: matmul((1,), 256, 4, 64, F16), (1,)),
+    "matmul-four": (lambda: matmul((24, 16, 3, 3), 256, 4, 64, BF16, norm=True), (1,)),
+    "delta": (lambda: delta(4, 2, BF16), (1, 3, 5)),
+    "delta-half": (lambda: delta(2, 2, F16), (1,)),
+    "inputs": (lambda: inputs(6, 2, 64, BF16), (1, 3, 5)),
+    "inputs-all-rotate": (lambda: inputs(4, 1, 256, F16), (1,)),
+    "attention": (lambda: attention_case(6, 2, BF16), (1, 3, 5)),
+    "attention-half": (lambda: attention_case(8, 1, F16), (1,)),
+}
+for _bits, _group in FORMATS:
+    for _dtype, _name in ((BF16, "bf16"), (F16, "half")):
+        CASES[f"matmul-{_bits}b-g{_group}-{_name}"] = (
+            lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
+            (1,),
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_equals_its_reference_whatever_shares_the_pass(name: str, tally) -> None:
+    make, rows = CASES[name]
+    mx.random.seed(7)
+    case, host = make(), Host()
+    with tally(case.kernel) as entry, metal_through(host):
+        choice = check(case, rows=rows)
+    assert choice.implementation == "metal", choice.reason
+    assert choice.rows_equal
+    assert choice.error <= TOLERANCE[case.dtype]
+    assert host.launched
+    entry.cases += 1
+    entry.worst = max(entry.worst, choice.error)
