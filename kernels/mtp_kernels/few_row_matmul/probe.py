@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ..launch import platform
 from ..registry import CHECK_ROWS, Case, Run
 from . import VERSION, few_row_matmul
 from .reference import Matrix, reference, stock
+from .variants import variant_for
 
 
 def case(
@@ -39,7 +41,7 @@ def case(
     fused = "".join(f" {name}" for name, on in (("norm", norm), ("swiglu", swiglu), ("residual", residual)) if on)
     return Case(
         kernel="few_row_matmul",
-        version=VERSION,
+        version=f"{VERSION}-{variant_for(matrices, swiglu)}" if platform() == "metal" else VERSION,
         shape=f"{sizes}x{first.inputs} {first.bits}b g{first.group_size}{fused}",
         dtype=dtype,
         launches={"cuda": few_row_matmul, "metal": few_row_matmul},
