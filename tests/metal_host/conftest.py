@@ -28,9 +28,9 @@ TALLIES: dict[str, Tally] = {}
 
 @pytest.fixture(scope="session", autouse=True)
 def compiler() -> None:
-    """In CI a missing compiler is a failure, elsewhere a reason to skip."""
+    """Where METAL_HOST=required, as in CI, a missing compiler is a failure; elsewhere it is a reason to skip."""
     problem = available()
-    if problem and os.environ.get("CI"):
+    if problem and os.environ.get("METAL_HOST") == "required":
         pytest.fail(problem)
     if problem:
         pytest.skip(problem)

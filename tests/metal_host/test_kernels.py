@@ -22,7 +22,7 @@ def matmul(features: tuple[int, ...], inputs: int, bits: int, group: int, dtype:
 
 FORMATS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (16, 0)]
 CASES = {
-    "matmul-norm-two": (lambda: matmul((40, 21), 512, 4, 64, BF16, norm=True), (1, 3, 5)),
+    "matmul-norm-two": (lambda: matmul((40, 21), 1280, 4, 64, BF16, norm=True), (1, 3, 5)),
     "matmul-swiglu": (lambda: matmul((37, 37), 256, 4, 64, BF16, swiglu=True, norm=True), (1,)),
     "matmul-swiglu-8": (lambda: matmul((13, 13), 256, 8, 64, F16, swiglu=True), (1,)),
     "matmul-residual": (lambda: matmul((50,), 640, 4, 64, BF16, residual=True), (1, 4)),
