@@ -17,6 +17,17 @@ namespace {
 constexpr int kSimd = 32, kMaxLanes = 1024, kMaxBuffers = 64;
 constexpr size_t kStack = 64 << 10, kSpacing = size_t(1) << 30, kThreadgroupBytes = 32 << 10, kGranule = 2;
 
+// Switching lanes is most of the work. Clang's own jumps save three registers, the C library's save and scramble them all.
+#if defined(__x86_64__)
+typedef void* Jump[5];
+#define SET_JUMP(jump) __builtin_setjmp(jump)
+#define LONG_JUMP(jump) __builtin_longjmp(jump, 1)
+#else
+typedef jmp_buf Jump;
+#define SET_JUMP(jump) _setjmp(jump)
+#define LONG_JUMP(jump) _longjmp(jump, 1)
+#endif
+
 enum State { kReady, kExchange, kSimdBarrier, kBarrier, kDone };
 const char* const kStateNames[] = {"running", "in a simdgroup function", "at a simdgroup barrier",
                                    "at a threadgroup barrier", "ended"};
@@ -31,8 +42,8 @@ struct Lane {
   const void* site;
   int flags;
   unsigned turn;  // of the two exchange boards
-  bool started;
-  jmp_buf at;
+  bool started;  // its fiber
+  Jump at;
   ucontext_t context;
   char* stack;
   Position position;
@@ -72,7 +83,8 @@ char *shared_begin, *shared_end;
 uint32_t barriers, first_barrier;
 Lane* current;
 Entry entry;
-jmp_buf scheduler;
+Jump scheduler;
+bool faulted;
 char* message;
 size_t message_bytes;
 
@@ -89,19 +101,31 @@ size_t message_bytes;
   } else {
     snprintf(message, message_bytes, "%s", what);
   }
-  _longjmp(scheduler, 2);
+  faulted = true;
+  LONG_JUMP(scheduler);
 }
 
-void start_lane() {
-  entry(pointers, &current->position);
-  current->state = kDone;
-  _longjmp(scheduler, 1);
+// A fiber serves one lane after another: making one costs system calls.
+void serve_lanes() {
+  for (;;) {
+    Lane& lane = *current;
+    entry(pointers, &lane.position);
+    lane.state = kDone;
+    if (!SET_JUMP(lane.at)) LONG_JUMP(scheduler);
+  }
 }
 
 void resume(Lane& lane) {
   current = &lane;
-  if (lane.started) _longjmp(lane.at, 1);
+  if (lane.started) LONG_JUMP(lane.at);
   lane.started = true;
+  if (!lane.stack)
+    lane.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  getcontext(&lane.context);
+  lane.context.uc_stack.ss_sp = lane.stack;
+  lane.context.uc_stack.ss_size = kStack;
+  lane.context.uc_link = nullptr;
+  makecontext(&lane.context, serve_lanes, 0);
   setcontext(&lane.context);
   abort();
 }
@@ -111,7 +135,7 @@ void wait_in(State state, const void* site, int flags) {
   lane.state = state;
   lane.site = site;
   lane.flags = flags;
-  if (!_setjmp(lane.at)) _longjmp(scheduler, 1);
+  if (!SET_JUMP(lane.at)) LONG_JUMP(scheduler);
 }
 
 bool earlier(const Touch& touch) {  // whether a barrier lies between that touch and now
@@ -219,23 +243,14 @@ bool run_threadgroup() {
   for (int i = 0; i < lane_count; ++i) {
     Lane& lane = lanes[i];
     lane.state = kReady;
-    lane.started = false;
     lane.turn = 0;
-    if (!lane.stack)
-      lane.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack;
-    lane.context.uc_stack.ss_size = kStack;
-    lane.context.uc_link = nullptr;
-    makecontext(&lane.context, start_lane, 0);
   }
   volatile int next = 0;  // lives across the jumps back from lanes
   do {
     for (next = 0; next < lane_count; next = next + 1)
       if (lanes[next].state == kReady) {
-        const int back = _setjmp(scheduler);
-        if (back == 0) resume(lanes[next]);
-        if (back == 2) return false;
+        if (!SET_JUMP(scheduler)) resume(lanes[next]);
+        if (faulted) return false;
       }
   } while (release());
   return true;
@@ -356,14 +371,20 @@ int mtl_launch(Entry kernel, char* begin, char* end, int count, const uint32_t* 
   message = error;
   message_bytes = error_bytes;
   current = nullptr;
-  if (_setjmp(scheduler)) return 1;
-  if (size_t(end - begin) > kThreadgroupBytes) fault("%zu bytes of threadgroup memory", size_t(end - begin));
+  faulted = false;
+  if (size_t(end - begin) > kThreadgroupBytes) {
+    snprintf(error, error_bytes, "%zu bytes of threadgroup memory", size_t(end - begin));
+    return 1;
+  }
   uint32_t size[3], groups[3];
   for (int d = 0; d < 3; ++d) {  // as MLX dispatches
     size[d] = threads[d] < grid[d] ? threads[d] : grid[d];
     groups[d] = (grid[d] + size[d] - 1) / size[d];
   }
-  if (size[0] * size[1] * size[2] > kMaxLanes) fault("%u threads in a threadgroup", size[0] * size[1] * size[2]);
+  if (size[0] * size[1] * size[2] > kMaxLanes) {
+    snprintf(error, error_bytes, "%u threads in a threadgroup", size[0] * size[1] * size[2]);
+    return 1;
+  }
   for (uint32_t g = 0; g < groups[0] * groups[1] * groups[2]; ++g) {
     const uint32_t at[3] = {g % groups[0], g / groups[0] % groups[1], g / groups[0] / groups[1]};
     lane_count = 0;
@@ -387,7 +408,10 @@ int mtl_launch(Entry kernel, char* begin, char* end, int count, const uint32_t* 
       lanes[lane_count++].position = p;
     }
     for (int i = 0; i < lane_count; ++i) lanes[i].position.simdgroups = uint32_t((lane_count + kSimd - 1) / kSimd);
-    if (!run_threadgroup()) return 1;
+    if (!run_threadgroup()) {
+      for (Lane& lane : lanes) lane.started = false;  // fibers end in the midst of a kernel
+      return 1;
+    }
   }
   return 0;
 }

@@ -58,18 +58,21 @@ def test_a_kernel_equals_its_reference_whatever_shares_the_pass(name: str, tally
     entry.worst = max(entry.worst, choice.error)
 
 
-EVERY = {variants.start("", 1), variants.start("", variants.WIDE), Variant(4, 24, 4, 2, 1), *CANDIDATES}
+# Each way to deal K out, and for one of them each size of a tile.
+DEALT = {(v.words, v.splits): v for v in (*CANDIDATES, Variant(4, 24, 4, 2, 1))}
+TRIED = {variants.start("", 1), variants.start("", variants.WIDE), *DEALT.values()}
+TRIED |= {v for v in CANDIDATES if (v.words, v.splits) == (1, 2)}
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_every_variant_that_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each passes, and those that deal K out alike have the same bits."""
     mx.random.seed(7)
     matrices = [matrix(21, 640, bits, 64 if bits < 16 else 0, BF16)]
     x = mx.random.normal((8, 640)).astype(BF16)
     dealt: dict[tuple[int, int], mx.array] = {}
-    for variant in EVERY if bits == 4 else [v for v in EVERY if v.splits == 2]:
-        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices, False): variant})
+    for variant in TRIED if bits == 4 else [v for v in DEALT.values() if v.splits == 2]:
+        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices): variant})
         with tally("few_row_matmul") as entry, metal_through(Host()):
             choice = check(matmul_case(matrices, BF16))
             got = few_row_matmul(x, matrices)
@@ -80,7 +83,7 @@ def test_every_variant_that_tuning_may_choose(bits: int, tally, monkeypatch: pyt
 
 
 def test_variants_that_no_kernel_has() -> None:
-    for numbers in [(4, 33, 1, 1, 1), (4, 0, 1, 1, 1), (4, 24, 3, 1, 1), (4, 24, 1, 4, 8), (0, 24, 1, 1, 1)]:
+    for numbers in [(4, 33, 1, 1, 1), (4, 23, 1, 1, 1), (4, 24, 3, 1, 1), (4, 24, 1, 4, 8), (0, 24, 1, 1, 1)]:
         with pytest.raises(ValueError, match="no such variant"):
             Variant(*numbers)
 
@@ -89,5 +92,6 @@ def test_starting_values_follow_the_gpu_and_the_matrix() -> None:
     m1, m4 = (variants.start(name, 4096) for name in ("applegpu_g13s", "applegpu_g16p"))
     assert (m1.accumulators, m4.accumulators) == (24, 32)
     assert variants.start("applegpu_g13s", 151_936).splits == 1 < m1.splits
-    assert [Variant(4, 24, 1, 4, 1).outputs(rows, False) for rows in (1, 4, 6, 8)] == [4, 4, 4, 3]
-    assert [Variant(4, 24, 1, 4, 1).outputs(rows, True) for rows in (1, 6, 8)] == [2, 2, 1]
+    sizes = [m1.outputs(rows, norm=norm, swiglu=False) for norm in (False, True) for rows in (1, 4, 6, 8)]
+    assert sizes == [4, 4, 4, 3, 4, 4, 3, 2]
+    assert [m1.outputs(rows, norm=True, swiglu=True) for rows in (1, 4, 6, 8)] == [2, 2, 1, 1]

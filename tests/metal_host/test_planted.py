@@ -63,12 +63,12 @@ class Bug:
 
 
 BUGS = [
-    Bug("missing barrier", norm, f"[split][lane] = own;\n  {BARRIER}", "[split][lane] = own;", RACE),
+    Bug("missing barrier", norm, f"[split][lane] = value;\n  {BARRIER}", "[split][lane] = value;", RACE),
     Bug("divergent barrier", norm,
         f"  {BARRIER}\n  if (split != 0) return;", f"  if (split != 0) return;\n  {BARRIER}", "reach"),
     Bug("off by one", norm, "k < K; k +=", "k <= K; k +=", "out of bounds"),
-    Bug("off by one", norm, "s < SPLITS; ++s) {", "s < SPLITS - 1; ++s) {", "differs"),
-    Bug("wrong lane", norm, "simd_shuffle_xor(v, d)", "simd_shuffle_xor(v, d ^ 1)", "differs"),
+    Bug("off by one", norm, "s < SPLITS; ++s) value", "s < SPLITS - 1; ++s) value", "differs"),
+    Bug("wrong lane", norm, "simd_shuffle_xor(sent, ushort(D))", "simd_shuffle_xor(sent, ushort(D ^ 1))", "differs"),
     Bug("wrong lane", swiglu, "min(lane + OUTPUTS, 31)", "min(lane + 1 + OUTPUTS, 31)", "differs"),
     Bug("wrong group scale", norm, "+ k / GROUP;", "+ (k + 32) / GROUP % (K / GROUP);", "differs"),
     Bug("wrong group scale", norm, "uint(K / GROUP) + k", "uint(K / GROUP + 1) + k"),
@@ -78,7 +78,7 @@ BUGS = [
     Bug("second matrix forgotten", swiglu, "s < kRows ? matrix.words : second.words", "matrix.words", "differs"),
     Bug("squares of weighted values", norm,
         "tile.squares[m] = fma(v, v,", "tile.squares[m] = fma(v, 1.1f * v,", "differs"),
-    Bug("wrong address space", norm, "threadgroup float2 shares[", "device float2 shares[", "error"),
+    Bug("wrong address space", norm, "threadgroup float shares[", "device float shares[", "error"),
     Bug("missing barrier", gated_delta, f"[b_at + head]));\n    }}\n    {BARRIER}", "[b_at + head]));\n    }", RACE),
     Bug("missing barrier", gated_delta, f"{BARRIER}\n    const int row = start", "const int row = start", RACE),
     Bug("off by one", gated_delta, "i < (kTaps - 1) * 3 * kDim", "i <= (kTaps - 1) * 3 * kDim", "out of bounds"),

@@ -7,11 +7,6 @@
 // All sums are explicit fma, so that a compiler has nothing to contract in one variant and not in another.
 namespace few_row {
 
-inline float tree(float v) {
-  for (ushort d = 1; d < 32; d *= 2) v += simd_shuffle_xor(v, d);
-  return v;
-}
-
 inline float silu(float v) { return v / (1.0f + exp(-v)); }
 
 template <int WORDS>
@@ -116,23 +111,40 @@ inline void multiply(const device T* x, const device T* norm_weight, M0 matrix, 
   }
 }
 
-// The lanes' sums joined: lane m * STREAMS + s gets sum (m, s) in x and the squares of row m in y.
-template <int ROWS, int STREAMS, bool NORM>
-inline float2 joined(thread Tile<ROWS, STREAMS>& tile, int lane) {
-  float2 own = float2(0.0f);
+// Joins N sums over the lanes, D of them at a time to the lane's own half: lane i ends with sum i. Every sum is joined in
+// the same tree, over lanes 16 apart, then 8, 4, 2 and 1, whatever N.
+template <int D, int N>
+struct Join {
+  static float run(thread float* sums, int lane) {
+    constexpr int kLeft = N > D ? D : N;
+    const bool upper = lane & D;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kLeft; ++i) {
+      const float other = i + D < N ? sums[i + D] : 0.0f;
+      const float kept = N > D && upper ? other : sums[i], sent = N > D && !upper ? other : sums[i];
+      sums[i] = kept + simd_shuffle_xor(sent, ushort(D));
+    }
+    return Join<D / 2, kLeft>::run(sums, lane);
+  }
+};
+template <>
+struct Join<0, 1> {
+  static float run(thread float* sums, int) { return sums[0]; }
+};
+
+// Lane m * STREAMS + s gets the tile's sum (m, s), lane ROWS * STREAMS + m the squares of row m.
+template <bool NORM, int ROWS, int STREAMS>
+inline float joined(thread Tile<ROWS, STREAMS>& tile, int lane) {
+  constexpr int kSums = ROWS * (STREAMS + (NORM ? 1 : 0));
+  static_assert(kSums <= 32, "a sum a lane");
+  float sums[kSums];
 #pragma clang loop unroll(full)
   for (int m = 0; m < ROWS; ++m) {
-    const float square = NORM ? tree(tile.squares[m]) : 0.0f;
 #pragma clang loop unroll(full)
-    for (int s = 0; s < STREAMS; ++s) {
-      const float sum = tree(tile.sums[m][s]);
-      if (lane == m * STREAMS + s) {
-        own.x = sum;
-        own.y = square;
-      }
-    }
+    for (int s = 0; s < STREAMS; ++s) sums[m * STREAMS + s] = tile.sums[m][s];
+    if (NORM) sums[ROWS * STREAMS + m] = tile.squares[m];
   }
-  return own;
+  return Join<16, kSums>::run(sums, lane);
 }
 
 }  // namespace few_row

@@ -11,21 +11,17 @@ from .reference import Matrix
 from .variants import Variant, variant_for
 
 _END = """
-  const float2 own = few_row::joined<ROWS, STREAMS, NORM>(tile, lane);
-  float value = own.x, square = own.y;
+  float value = few_row::joined<NORM>(tile, lane);
 """
 _JOIN_SPLITS = """
-  threadgroup float2 shares[TILES][SPLITS][32];
-  shares[simdgroup_index_in_threadgroup / SPLITS][split][lane] = own;
+  threadgroup float shares[TILES][SPLITS][32];
+  shares[simdgroup_index_in_threadgroup / SPLITS][split][lane] = value;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (split != 0) return;
-  for (int s = 1; s < SPLITS; ++s) {
-    const float2 share = shares[simdgroup_index_in_threadgroup / SPLITS][s][lane];
-    value += share.x;
-    square += share.y;
-  }
+  for (int s = 1; s < SPLITS; ++s) value += shares[simdgroup_index_in_threadgroup / SPLITS][s][lane];
 """
 _NORM = """
+  const float square = simd_shuffle(value, ushort(min(ROWS * STREAMS + lane / STREAMS, 31)));
   value *= rsqrt(square * (1.0f / K) + EPS);
 """
 _SWIGLU = """
@@ -51,8 +47,8 @@ def launch(
     """One launch for at most 8 rows; arguments are checked by the caller."""
     rows = x.shape[0]
     features = matrices[0].features if swiglu else sum(m.features for m in matrices)
-    variant = variant_for(matrices, swiglu)
-    outputs = variant.outputs(rows, swiglu)
+    variant = variant_for(matrices, norm=norm_weight is not None, swiglu=swiglu, residual=residual is not None)
+    outputs = variant.outputs(rows, norm=norm_weight is not None, swiglu=swiglu)
     tiles = [-(-m.features // outputs) for m in (matrices[:1] if swiglu else matrices)]
     names, arrays = ["x"], [x]
     for i, m in enumerate(matrices):

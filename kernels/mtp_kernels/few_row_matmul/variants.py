@@ -19,7 +19,7 @@ class Variant:
 
     Attributes:
         streams: most weight rows that a simdgroup takes at once.
-        accumulators: most sums that a lane keeps, 1 to 32; with many rows it takes fewer weight rows.
+        accumulators: most sums that a lane keeps, 24 to 32; with many rows it takes fewer weight rows.
         words: neighbouring 32-bit words of a weight row that a lane reads at once: 1, 2 or 4.
         splits: simdgroups that share a tile, each with its part of the inputs: 1 to 16.
         tiles: tiles in a threadgroup; tiles * splits is at most 16.
@@ -35,14 +35,15 @@ class Variant:
     tiles: int
 
     def __post_init__(self) -> None:
-        if self.words not in (1, 2, 4) or not 1 <= self.accumulators <= 32 or self.streams < 1:
+        if self.words not in (1, 2, 4) or not 24 <= self.accumulators <= 32 or self.streams < 1:
             raise ValueError(f"no such variant: {self}")
         if self.splits < 1 or self.tiles < 1 or self.splits * self.tiles > 16:
             raise ValueError(f"no such variant: {self}")
 
-    def outputs(self, rows: int, swiglu: bool) -> int:
-        """Output features of a tile of that many rows."""
-        return max(1, min(self.streams, self.accumulators // rows) // (2 if swiglu else 1))
+    def outputs(self, rows: int, *, norm: bool, swiglu: bool) -> int:
+        """Output features of a tile of that many rows; the norm needs a sum a row, SwiGLU two weight rows a feature."""
+        streams = min(self.streams, self.accumulators // rows - norm)
+        return max(1, streams // (2 if swiglu else 1))
 
     def __str__(self) -> str:
         return ".".join(str(number) for number in astuple(self))
@@ -62,7 +63,7 @@ CANDIDATES = tuple(
     Variant(streams, accumulators, words, splits, 8 if splits == 1 else 1)
     for words in (1, 2)
     for splits in (1, 2, 4)
-    for streams, accumulators in ((2, 16), (4, 24), (4, 32))
+    for streams, accumulators in ((2, 24), (4, 24), (4, 32))
 )
 """What tuning tries."""
 
@@ -75,17 +76,20 @@ def use(tuned: Mapping[str, Variant]) -> None:
     _tuned.update(tuned)
 
 
-def form(matrices: Sequence[Matrix], swiglu: bool) -> str:
-    """What a variant is chosen by, as text."""
+def form(matrices: Sequence[Matrix], *, norm: bool = False, swiglu: bool = False, residual: bool = False) -> str:
+    """A product's shape and what is fused into it, as text."""
     first = matrices[0]
     sizes = "+".join(str(m.features) for m in matrices)
-    return f"{sizes}x{first.inputs} {first.bits}b g{first.group_size}{' swiglu' * swiglu}"
+    fused = "".join(f" {name}" for name, on in (("norm", norm), ("swiglu", swiglu), ("residual", residual)) if on)
+    return f"{sizes}x{first.inputs} {first.bits}b g{first.group_size}{fused}"
 
 
-def variant_for(matrices: Sequence[Matrix], swiglu: bool) -> Variant:
-    """What runs on this device for these matrices."""
-    chosen = _tuned.get(form(matrices, swiglu)) if _tuned else None
-    return chosen or start(str(mx.device_info().get("architecture", "")), max(m.features for m in matrices))
+def variant_for(
+    matrices: Sequence[Matrix], *, norm: bool = False, swiglu: bool = False, residual: bool = False
+) -> Variant:
+    """What runs on this device for this product."""
+    tuned = _tuned.get(form(matrices, norm=norm, swiglu=swiglu, residual=residual)) if _tuned else None
+    return tuned or start(str(mx.device_info().get("architecture", "")), max(m.features for m in matrices))
 
 
 def start(architecture: str, features: int) -> Variant:
