@@ -9,7 +9,7 @@ EXTRAS ?= [cpu,openblas]
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance scheduler lint protos clean
+.PHONY: help setup demo serve test conformance metal-host scheduler lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ conformance: setup  ## prove the promises of the MLX engine; prints what was tri
 
 scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
 	$(BIN)/python -m benchmarks.scheduler
+
+metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
+	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .

@@ -60,6 +60,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.doctor import run
         case "verify":
             from router.cli.verify import run
+        case "tune":
+            from router.cli.tune import run
         case "pull":
             from router.cli.pull import run
         case "config":
