@@ -247,7 +247,10 @@ class MlxBackend:
         """What tells a token's bytes; readied in a thread where log-probabilities will ask for it."""
         text = await self._models.text(model)
         if request.top_logprobs is not None:
-            await asyncio.to_thread(text.token_bytes, 0)
+            try:
+                await asyncio.to_thread(text.token_bytes, 0)
+            except EngineError as error:
+                raise router_error(error, model.name) from None
         return text.token_bytes
 
     async def _stream(self, known: Resident, params: GenerateParams, answer: Answer) -> AsyncGenerator[Event, None]:
