@@ -13,6 +13,7 @@ MAX_DEPTH = 16
 MAX_TOP_K = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BOUNDARIES = 16
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_RULE_BYTES = 64 * 1024
@@ -141,6 +142,8 @@ class GenerateParams:
         sampling: see Sampling.
         seed: 0 <= seed < 2**64; None draws one, which Started reports.
         depth: drafts per round; 0 decodes plainly, None takes the model's default.
+        boundaries: lengths of the prompt up to which later prompts are likely to share it, such as the end of the
+            system message; the prefix cache keeps what it needs to start there.
         stop_tokens: ids that end the reply (not emitted), besides the model's own end-of-sequence ids.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
         stop_strings: texts that end the reply; neither they nor a beginning of them is emitted.
@@ -160,6 +163,7 @@ class GenerateParams:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     depth: int | None = None
+    boundaries: tuple[int, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
     ignore_eos: bool = False
     stop_strings: tuple[str, ...] = ()
@@ -174,6 +178,9 @@ class GenerateParams:
         _require(self.max_tokens >= 1, "max_tokens", "at least 1")
         _require(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "in [0, 2**64)")
         _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        marks = self.boundaries
+        in_prompt = len(marks) <= MAX_BOUNDARIES and all(0 <= mark <= len(self.prompt) for mark in marks)
+        _require(in_prompt, "boundaries", f"at most {MAX_BOUNDARIES} lengths of the prompt")
         _require(len(self.stop_strings) <= MAX_STOPS, "stop_strings", f"at most {MAX_STOPS}")
         lengths_ok = all(1 <= len(text) <= MAX_STOP_LENGTH for text in self.stop_strings)
         _require(lengths_ok, "stop_strings", f"1 to {MAX_STOP_LENGTH} characters each")
@@ -208,7 +215,8 @@ class LoadOptions:
     Attributes:
         head_path: where the head's tensors lie when not in the checkpoint itself: a file, or the folder of the
             original checkpoint beside an MLX-quantised trunk.
-        depth: drafts per round where a request does not say.
+        depth: drafts per round where a request does not say; None: as many as pay, found round by round from measured
+            costs and acceptance (see depth.py).
         unseeded_rule: the acceptance rule without a seed; None takes the one that accepts more in the wiring check.
         wiring: what a failed wiring check does.
         seed_norm, recycle_norm: which hidden seeds the head and which of its outputs it is fed again; None takes
@@ -217,7 +225,7 @@ class LoadOptions:
     """
 
     head_path: Path | None = None
-    depth: int = 3
+    depth: int | None = None
     unseeded_rule: Rule | None = None
     wiring: WiringPolicy = WiringPolicy.WARN
     seed_norm: Norm | None = None
@@ -225,7 +233,7 @@ class LoadOptions:
     prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
-        _require(0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
         _require(16 <= self.prefill_chunk <= 8192, "prefill_chunk", "in [16, 8192]")
 
 
@@ -242,6 +250,9 @@ class EngineOptions:
         stream_buffer: tokens that wait unread before a stream is paused.
         slow_reader_limit: seconds a stream may stay paused before it is cut.
         kernel_checks: JSON file that keeps what the kernels' checks found on this device; None checks at every start.
+        depth_memory: JSON file that keeps what rounds cost and how drafts fared, by model and numerics fingerprint;
+            None measures after every load.
+        prefix_cache_bytes: memory for prompts that were seen before; None: an eighth of the machine's, at most 4 GiB.
     """
 
     device: str | None = None
@@ -251,6 +262,8 @@ class EngineOptions:
     stream_buffer: int = 1024
     slow_reader_limit: float = 30.0
     kernel_checks: Path | None = None
+    depth_memory: Path | None = None
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.device in (None, "cpu", "gpu"), "device", "cpu, gpu or None")
@@ -258,6 +271,8 @@ class EngineOptions:
         _require(self.max_waiting >= 0, "max_waiting", "at least 0")
         _require(self.stream_buffer >= 1, "stream_buffer", "at least 1")
         _require(self.slow_reader_limit > 0, "slow_reader_limit", "positive")
+        budget = self.prefix_cache_bytes
+        _require(budget is None or budget >= 0, "prefix_cache_bytes", "at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +282,8 @@ class Started:
     Attributes:
         seed: the effective seed.
         rule: the acceptance rule in force.
-        depth: drafts per round.
+        depth: drafts per round; None where it is chosen round by round.
+        cached_tokens: tokens of the prompt that the prefix cache holds.
         replay, replay_reason: what a repetition will give, and why not EXACT when it is not.
         fingerprint: what the bits depend on besides model files, prompt, parameters and seed.
     """
@@ -275,7 +291,8 @@ class Started:
     prompt_tokens: int
     seed: int
     rule: Rule
-    depth: int
+    depth: int | None
+    cached_tokens: int
     replay: Replay
     replay_reason: str
     fingerprint: str
@@ -310,8 +327,12 @@ class Statistics:
 
     Attributes:
         rounds: verify passes.
+        depths: rounds by the number of drafts, from 0 on.
         drafted, accepted: per draft position, 0-based; a position counts as drafted when it was verified.
-        seconds_*: wall time: queue (submit to start), prefill, decode.
+        cached_tokens: of the prompt, not run again.
+        seconds_queued, seconds_prefill, seconds_decode: wall time; queued is from submission to start.
+        seconds_draft, seconds_verify, seconds_commit: of the rounds it took part in, whoever else did: building the
+            drafts; building the verify pass and computing both; taking over the outcome.
     """
 
     prompt_tokens: int
@@ -322,6 +343,11 @@ class Statistics:
     seconds_queued: float
     seconds_prefill: float
     seconds_decode: float
+    depths: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    seconds_draft: float = 0.0
+    seconds_verify: float = 0.0
+    seconds_commit: float = 0.0
 
     @property
     def tokens_per_round(self) -> float:

@@ -90,10 +90,10 @@ class _Run:
     """One sequence's drafts in the making; `carried` is what the head takes next, [rows, hidden size]."""
 
     def __init__(self, sequence: Sequence) -> None:
-        if sequence.pending is None:
+        if not sequence.pending:
             raise ValueError("a sequence that drafts keeps its hiddens")
         self.sequence = sequence
-        self.carried = sequence.pending
+        self.carried = mx.concatenate(sequence.pending) if len(sequence.pending) > 1 else sequence.pending[0]
         self.tokens: list[mx.array] = []
         self.laws: list[Law] = []
 

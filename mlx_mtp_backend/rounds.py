@@ -6,6 +6,8 @@ wrong while its graph is built leaves every sequence as it was.
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -30,11 +32,33 @@ class DeviceFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a round did for one sequence: its new tokens, or why it cannot go on."""
+    """What a round did for one sequence: its new tokens, or why it cannot go on, and how many drafts it verified."""
 
     tokens: list[int]
+    drafted: int = 0
     error: EngineError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round did.
+
+    Attributes:
+        committed: for each sequence.
+        seconds_draft: wall time to build the drafts' graph.
+        seconds_verify: to build the verify pass, and until the device was done with both.
+        seconds_commit: to take over the outcome.
+    """
+
+    committed: list[Committed]
+    seconds_draft: float
+    seconds_verify: float
+    seconds_commit: float
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_draft + self.seconds_verify + self.seconds_commit
 
 
 def evaluate(arrays: list[mx.array]) -> None:
@@ -67,7 +91,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
     cache.commit(sequence.trunk, end - start)
     cache.commit(sequence.head, primed)
     sequence.prefilled = end
-    sequence.pending = hidden.carried[-1:] if sequence.head else None
+    sequence.pending = [hidden.carried[-1:]] if sequence.head else []
     settled = [array for layer in sequence.caches for array in layer.arrays]
     if logits is None or law is None:
         evaluate([*settled, hidden.carried])
@@ -94,10 +118,10 @@ def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int)
     if not sequence.head:
         return 0
     before = sequence.pending
-    slots = carried[:-1] if before is None else mx.concatenate([before, carried[:-1]])
+    slots = mx.concatenate([*before, carried[:-1]]) if before else carried[:-1]
     count = slots.shape[0]
     if count:
-        first = start if before is None else start - 1
+        first = start - 1 if before else start
         tokens = mx.array(sequence.tokens[first + 1 : first + 1 + count], mx.int32)
         model.head(tokens, slots, [Segment(sequence.head, count)])
     return count
@@ -105,9 +129,10 @@ def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int)
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """A round's graph, not evaluated."""
+    """A round's graph, not evaluated. `rows` are the tokens of the verify pass."""
 
     drafts: list[Draft | None]
+    rows: mx.array
     segments: list[Segment]
     hidden: Hidden
     outcome: Outcome
@@ -115,29 +140,44 @@ class _Built:
     logprobs: list[Measured | None]
 
 
-def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list[Committed]:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the host reads of an evaluated round, row by row."""
+
+    rows: list[int]
+    stands: list[bool]
+    token: list[int]
+    finite: list[bool]
+
+
+def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> Round:
     """One round for sequences that are past their prefill.
 
     Raises:
         DeviceFailure: the evaluation failed; these sequences are lost.
         Exception: anything else was raised while the graph was built, and no sequence has changed.
     """
+    times = [time.perf_counter()]
     for sequence in sequences:
         sequence.begin()
     try:
-        built = _build(model, drafter, sequences)
+        drafts = drafter.draft(sequences)
+        times.append(time.perf_counter())
+        built = _build(model, drafts, sequences)
     except BaseException:
         for sequence in sequences:
             sequence.abort()
         raise
-    drafted = [draft.tokens for draft in built.drafts if draft is not None]
     told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
-    evaluate([*drafted, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
-    return [_commit(sequence, built, place) for place, sequence in enumerate(sequences)]
+    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
+    times.append(time.perf_counter())
+    read = _Read(ints(built.rows), flags(built.outcome.stands), ints(built.outcome.token), flags(built.finite))
+    committed = [_commit(sequence, built, read, place) for place, sequence in enumerate(sequences)]
+    times.append(time.perf_counter())
+    return Round(committed, *(after - before for before, after in itertools.pairwise(times)))
 
 
-def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
-    drafts = drafter.draft(sequences)
+def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) -> _Built:
     rows: list[mx.array] = []
     for sequence, draft in zip(sequences, drafts, strict=True):
         rows.append(mx.array(sequence.tokens[-1:], mx.int32))
@@ -147,14 +187,15 @@ def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
         Segment(sequence.trunk, 1 + (draft.tokens.shape[0] if draft else 0))
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
-    hidden = model.trunk(mx.concatenate(rows), segments)
+    tokens = mx.concatenate(rows)
+    hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
     outcome = _judge(sequences, drafts, split_rows(segments), logits)
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
         for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
     ]
-    return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
+    return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
 
 
 def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
@@ -214,29 +255,30 @@ def _judge_alike(
     )
 
 
-def _commit(sequence: Sequence, built: _Built, place: int) -> Committed:
+def _commit(sequence: Sequence, built: _Built, read: _Read, place: int) -> Committed:
     """Accept left to right and keep exactly the rows that stand. Committed slots wait for the head with their true
     hiddens; rows it ran on its own output are dropped."""
-    draft, part = built.drafts[place], split_rows(built.segments)[place]
-    drafts = [] if draft is None else ints(draft.tokens)
-    stands, chosen = flags(built.outcome.stands[part]), ints(built.outcome.token[part])
-    tokens = acceptance.committed(drafts, stands, chosen)
+    part = split_rows(built.segments)[place]
+    drafts = read.rows[part][1:]
+    tokens = acceptance.committed(drafts, read.stands[part], read.token[part])
     cache.commit(sequence.trunk, len(tokens))
-    if draft is not None and sequence.pending is not None:
-        cache.commit(sequence.head, sequence.pending.shape[0])
-        sequence.pending = None
+    if drafts and sequence.pending:
+        cache.commit(sequence.head, sequence.pending_rows)
+        sequence.pending = []
     else:
         cache.abort(sequence.head)
     sequence.keep_pending(built.hidden.carried[part][: len(tokens)])
     sequence.count(len(drafts), len(tokens) - 1)
-    return _settle(sequence, tokens, flags(built.finite[part])[: len(tokens)], built.logprobs[place])
+    return _settle(sequence, tokens, read.finite[part][: len(tokens)], built.logprobs[place], len(drafts))
 
 
-def _settle(sequence: Sequence, tokens: list[int], finite: list[bool], measured: Measured | None) -> Committed:
+def _settle(
+    sequence: Sequence, tokens: list[int], finite: list[bool], measured: Measured | None, drafted: int = 0
+) -> Committed:
     if not all(finite):
         detail = "the model gave logits that are not finite"
-        return Committed([], EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
+        return Committed([], drafted, EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
     sequence.tokens += tokens
     if sequence.processors is not None:
         sequence.processors.commit(tokens)
-    return Committed(tokens, logprobs=measured.told(tokens) if measured else ())
+    return Committed(tokens, drafted, logprobs=measured.told(tokens) if measured else ())

@@ -56,6 +56,7 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        self.most_rows = MAX_PASS_ROWS
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = not selection.failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx_mtp_backend as engine
 from router.backends.thinking import ThinkSplitter
@@ -11,6 +12,7 @@ from router.domain import (
     Capability,
     Delta,
     DraftSource,
+    DraftTimes,
     ErrorReason,
     Event,
     FieldViolation,
@@ -76,6 +78,20 @@ REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it.
+
+    Attributes:
+        boundaries: lengths up to which other prompts are likely to share it.
+        splitter: tells thinking from answer; None where the text is all answer.
+    """
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    splitter: ThinkSplitter | None = None
+
+
 def template_message(message: Message) -> dict[str, object]:
     """A message as chat templates read it."""
     plain: dict[str, object] = {"role": message.role.value, "content": message.content}
@@ -114,7 +130,7 @@ def response_format(
 def generate_params(
     request: GenerationRequest,
     model: str,
-    prompt: list[int],
+    prompt: Prompt,
     context_length: int,
     time_left: float | None,
     wanted: engine.ResponseFormat | None,
@@ -123,7 +139,7 @@ def generate_params(
 
     Args:
         model: the name that it was loaded under.
-        prompt: token ids, fewer than `context_length`.
+        prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
         wanted: see `response_format`.
 
@@ -135,10 +151,10 @@ def generate_params(
         raise _invalid(
             "stop.ignore_end_of_generation", "an answer in a response format ends with the model's own token"
         )
-    max_tokens = min(stop.max_output_tokens, context_length - len(prompt))
+    max_tokens = min(stop.max_output_tokens, context_length - len(prompt.tokens))
     return engine.GenerateParams(
         model=model,
-        prompt=tuple(prompt),
+        prompt=prompt.tokens,
         max_tokens=max_tokens,
         sampling=engine.Sampling(
             sampling.temperature,
@@ -152,6 +168,7 @@ def generate_params(
         ),
         seed=request.seed,
         depth=0 if request.speculation is SpeculationMode.OFF else request.draft_depth,
+        boundaries=prompt.boundaries,
         stop_tokens=frozenset(stop.token_ids),
         ignore_eos=stop.ignore_end_of_generation,
         stop_strings=stop.sequences,
@@ -193,7 +210,7 @@ class Answer:
         match event:
             case engine.Started():
                 self._started = event
-                return [Prefilling(0, event.prompt_tokens)]
+                return [Prefilling(event.cached_tokens, event.prompt_tokens)]
             case engine.Delta():
                 return self._delta(event)
             case engine.Finished():
@@ -231,13 +248,15 @@ class Answer:
         drafted = sum(counts.drafted)
         return Finished(
             reason,
-            Usage(counts.prompt_tokens, counts.completion_tokens),
+            Usage(counts.prompt_tokens, counts.completion_tokens, counts.cached_tokens),
             SpeculationStatistics(
                 DraftSource.MTP_HEAD if drafted else DraftSource.NONE,
                 counts.rounds if drafted else 0,
                 drafted,
                 sum(counts.accepted),
                 tuple(zip(counts.drafted, counts.accepted, strict=True)),
+                counts.depths if drafted else (),
+                DraftTimes(counts.seconds_draft, counts.seconds_verify, counts.seconds_commit) if drafted else None,
             ),
             matched_sequence=event.stop if isinstance(event.stop, str) else None,
             matched_token=token,

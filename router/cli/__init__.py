@@ -50,6 +50,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.chat import run
         case "models":
             from router.cli.models import run
+        case "refresh":
+            from router.cli.refresh import run
         case "explain":
             from router.cli.explain import run
         case "inspect":

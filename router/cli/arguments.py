@@ -39,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("name", nargs="?", help="only this model")
     models.add_argument("--evidence", action="store_true", help="say how each capability is known")
 
+    commands.add_parser("refresh", help="have the server look for models again", parents=[settings, server, lines])
+
     explain = commands.add_parser(
         "explain", help="say what would answer for a model, and why", parents=[settings, server, lines]
     )

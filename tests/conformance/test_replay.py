@@ -169,7 +169,7 @@ def test_depth_may_change_in_mid_reply(history_model, references):
             break
         one.depth = depth
         rounds.run_round(history_model, HeadDrafter(history_model), [one])
-        held = one.head[0].offset + one.pending.shape[0]
+        held = one.head[0].offset + one.pending_rows
         assert held == len(one.tokens) - 1
     assert one.tokens == reference.tokens
 
