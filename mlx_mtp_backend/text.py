@@ -103,7 +103,11 @@ class ModelText:
         return self._grammars.compile(wanted)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; the first call may take a second, as `compile`."""
+        """The bytes that a token stands for; the first call may take a second, as `compile`.
+
+        Raises:
+            EngineError: INVALID_PARAMS, if the tokenizer is of a kind that does not tell.
+        """
         return self._grammars.token_bytes(token)
 
     def growing(self) -> GrowingText:
