@@ -8,8 +8,10 @@ ifeq ($(shell uname -s),Linux)
 EXTRAS ?= [cpu,openblas]
 endif
 
+EXAMPLES ?= 50000
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance lint protos clean
+.PHONY: help setup demo serve test conformance hostile fuzz lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -36,6 +38,12 @@ test: setup  ## run every test
 
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
+
+hostile: setup  ## read the corpus of hostile model files: outcome, time and peak memory of each
+	$(BIN)/python benchmarks/hostile_files.py
+
+fuzz: setup  ## fuzz the readers of model files for long; EXAMPLES=50000
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_header_fuzz.py tests/router/test_gguf_fuzz.py
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .
