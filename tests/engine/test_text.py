@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -78,6 +78,7 @@ def test_reasoning_marks_are_text_and_special_tokens_are_not(pass_through):
     assert text.decode(tokens) == "<think>so</think>done"
 
 
+@settings(deadline=None)  # each example reads the tokenizer
 @given(st.text(max_size=60))
 def test_growing_text_is_the_text_and_never_cuts_a_character(pass_through, value):
     text = load_text(pass_through)
