@@ -14,8 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from support.ollama_process import Double
 
 from mlx_mtp_backend.synthetic import Recipe, write
+from mlx_mtp_backend.verification import Verification, verify
 from router import doctor
 from router.cli import main
+from router.cli.verify import lines
 from router.doctor import State
 
 Capture = pytest.CaptureFixture[str]
@@ -126,8 +128,8 @@ def test_a_server_that_a_model_needs_is_a_problem_where_it_is_down(tmp_path: Pat
 
 def test_the_human_form_has_a_line_a_finding(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith(("ok ", "note ", "problem ")) for line in lines)
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("ok ", "note ", "problem ")) for line in printed)
 
 
 def test_packages_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +167,17 @@ def test_kernel_checks_are_told(checks: list[dict[str, str]], state: State, text
     assert text in finding.what
 
 
-def test_verify_reports_one_checkpoint(checkpoint: Path, capsys: Capture) -> None:
-    assert main(["verify", str(checkpoint), "--tokens", "24", "--json"]) == 0
+@pytest.fixture(scope="module")
+def verified(checkpoint: Path) -> Verification:
+    """One run for both forms of the report; the tests further down have the command run it."""
+    return verify(checkpoint, tokens=24)
+
+
+def test_verify_reports_one_checkpoint(
+    checkpoint: Path, verified: Verification, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.cli.verify.verify", lambda *_, **__: verified)
+    assert main(["verify", str(checkpoint), "--json"]) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed)
     assert report["passed"]
@@ -178,9 +189,8 @@ def test_verify_reports_one_checkpoint(checkpoint: Path, capsys: Capture) -> Non
     assert str(checkpoint.parent) not in printed  # a report is for sharing
 
 
-def test_verify_says_what_a_person_needs(checkpoint: Path, capsys: Capture) -> None:
-    assert main(["verify", str(checkpoint), "--tokens", "8"]) == 0
-    printed = capsys.readouterr().out
+def test_verify_says_what_a_person_needs(verified: Verification) -> None:
+    printed = "\n".join(lines(verified))
     assert "yes drafting changes no token: 5 depths, the same tokens" in printed
     assert "fastest at depth" in printed
 
