@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
 from mlx_mtp_backend.untrusted import RefusedFileError, allowed_roots, read_untrusted
-from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
 from router.gguf import GgufError, GgufHeader, read_gguf_header
 from router.gguf_split import SplitError, parts
 
@@ -106,6 +106,12 @@ def _gguf_facts(path: Path) -> ModelFacts:
         size_bytes=header.file_bytes,
         cache_bytes=header.cache_bytes,
         capabilities=_gguf_capabilities(header),
+        head=HeadFacts(
+            declared_layers=header.mtp_layers,
+            present=header.mtp_layers > 0 and header.mtp_tensor is not None,
+            driver="llama.cpp" if header.mtp_layers else "",
+            place="file" if header.mtp_tensor is not None else "",
+        ),
         reasoning_switch=THINKING_SWITCH in template,
     )
 
@@ -157,6 +163,13 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         size_bytes=report.weight_bytes,
         cache_bytes=report.cache.bytes_per_token if report.cache else None,
         capabilities=_checkpoint_capabilities(report, template),
+        head=HeadFacts(
+            declared_layers=report.mtp.declared,
+            present=report.mtp.status is MTPStatus.PRESENT,
+            driver=report.mtp.driver or "",
+            place=report.mtp.place,
+            grafted=report.mtp.place == "head_path",
+        ),
         reasoning_switch=THINKING_SWITCH in template,
         problem=problem,
     )
