@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     SecretStr,
     StringConstraints,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -446,6 +447,19 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
             continue
         if variable.upper().split("__")[0] not in tables:
             raise ValueError(f"unknown environment variable {variable}; tables are {', '.join(sorted(tables))}")
+
+
+def describe_problem(error: OSError | ValueError) -> str:
+    """Why `load_settings` failed, without the values that stand in the settings: some are secrets."""
+    if isinstance(error, ValidationError):
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        return "invalid settings: " + "; ".join(problems)
+    if isinstance(error, OSError):
+        return f"cannot read the settings: {error.strerror or error}"
+    return f"invalid settings: {error}"
 
 
 def effective_settings(settings: Settings) -> dict[str, Any]:

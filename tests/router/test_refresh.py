@@ -206,13 +206,16 @@ async def test_settings_that_cannot_be_read_change_nothing(
     home.settle('[models.words]\npath = "words.gguf"\n')
     home.script("words.gguf", " hi")
     client = await serve()
-    for text in ("[models.words\n", "[models.words]\npth = 'x'\n", None):
+    secret = "[backends.rack]\nkind = 'llama_server'\nurl = 'x'\napi_key = 'open-sesame'\n"
+    for text in ("[models.words\n", "[models.words]\npth = 'x'\n", secret, None):
         home.settle(text) if text else home.file.unlink()
         with pytest.raises(RouterCallError) as caught:
             await client.refresh()
         assert caught.value.reason == "SETTINGS_INVALID"
         assert "pth" not in caught.value.message
-    assert "pth" in caplog.text
+    assert "models.words.pth: Extra inputs are not permitted" in caplog.text
+    assert "backends.rack.llama_server.url: must be like" in caplog.text
+    assert "open-sesame" not in caplog.text
     assert await said(client, "words") == " hi"
 
 
