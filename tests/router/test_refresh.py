@@ -221,6 +221,7 @@ async def test_tags_are_read_again_and_kept_while_their_server_is_away(tmp_path:
         settings = Settings(backends={"ollama": {"host": double.address}}, discovery={"ollama": True})
         before = await read_catalog(settings, tmp_path)
         double.tell(tag="fresh:1b", digest="f" * 64)
+        double.tell(tag="no name" + "!" * 1000, digest="f" * 64)
         after = await read_catalog(settings, tmp_path, before)
         assert {entry.name for entry in after.entries} - {entry.name for entry in before.entries} == {"fresh:1b"}
     finally:
