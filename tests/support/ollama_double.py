@@ -102,9 +102,9 @@ class State:
 class Refused(Exception):
     """An error answer."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, kind: str = JSON) -> None:
         super().__init__(text)
-        self.status, self.text = status, text
+        self.status, self.text, self.kind = status, text, kind
 
 
 def canonical(name: str) -> str:
@@ -179,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             getattr(self, routes[self.path])()
         except Refused as refusal:
-            self.send_json({"error": refusal.text}, refusal.status)
+            self.send_json({"error": refusal.text}, refusal.status, refusal.kind)
         except (BrokenPipeError, ConnectionResetError):
             self.state.left += 1
             self.close_connection = True
@@ -331,6 +331,8 @@ class Handler(BaseHTTPRequestHandler):
     def check(self, asked: Json, chat: bool) -> Model:
         if not asked.get("model"):
             raise Refused(400, "model is required")
+        if " " in asked["model"]:
+            raise Refused(400, "invalid model name")
         tag = canonical(asked["model"])
         if tag not in MODELS:
             raise Refused(404, f"model '{asked['model']}' not found")
@@ -347,7 +349,8 @@ class Handler(BaseHTTPRequestHandler):
         rule = asked.get("format")
         if rule not in (None, "", "json") and not isinstance(rule, dict):
             shown = json.dumps(json.dumps(rule))
-            raise Refused(500, f'invalid format: {shown}; expected "json" or a valid JSON Schema object')
+            text = f'invalid format: {shown}; expected "json" or a valid JSON Schema object'
+            raise Refused(500, text, PLAIN_JSON if asked.get("stream", True) else JSON)
         return model
 
     def load(self, tag: str, options: Json, keep_alive: Any) -> None:
@@ -381,7 +384,8 @@ class Handler(BaseHTTPRequestHandler):
             "n_prompt_tokens": count,
             "n_ctx": context,
         }
-        raise Refused(400, json.dumps({"error": inner}, separators=(",", ":")))
+        text = json.dumps({"error": inner}, separators=(",", ":"))
+        raise Refused(400, text, PLAIN_JSON if asked.get("stream", True) else JSON)
 
     def words(self, asked: Json, chat: bool, options: Json) -> Iterator[str]:
         """The reply, word by word."""
