@@ -152,6 +152,7 @@ def test_a_malformed_checkpoint_is_a_problem_not_a_crash(files: Path, tmp_path: 
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     facts = read_facts(tmp_path / "model")
     assert facts.problem
+    assert "cannot be made sense of" not in facts.problem  # that is for faults of the reader
     shown = [facts.problem, facts.architecture, *(fact.evidence for fact in facts.capabilities.values())]
     assert all(len(text.encode()) < 2000 for text in shown)
 
