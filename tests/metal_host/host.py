@@ -5,7 +5,6 @@ The text is the one that MLX generates around a kernel's header and body for the
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,36 +12,29 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from tests.metal_host.mlx_source import generated, parameters
+
 HERE = Path(__file__).parent
 COMPILER = "clang++-19"
 CACHE = Path(tempfile.gettempdir()) / f"metal-host-{os.getuid()}"
 # MLX compiles Metal 3.1, which is C++14.
-_LANGUAGE = [
-    "-std=c++14",
-    "-nostdinc",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-attributes",
-    "-Wno-unused",
-    "-Wno-unused-parameter",
-]
+_WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-Wno-unused", "-Wno-unused-parameter"]
+_LANGUAGE = ["-std=c++14", "-nostdinc", *_WARNINGS]
 _TYPED = ["-DTYPED", "-fsyntax-only", "-Wdouble-promotion"]
-_RUN = [
-    *("-O1", "-fPIC", "-c", "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
-    *("-mllvm", "-tsan-instrument-read-before-write"),
-    *("-fsanitize=array-bounds,shift,signed-integer-overflow,integer-divide-by-zero", "-fno-sanitize-recover=all"),
-    *("-ffp-contract=off", "-fno-stack-protector"),
-]
-_PARAMETER = re.compile(r"^  (?P<type>.+?) ?(?P<name>\w+) \[\[(?P<what>\w+)(?:\((?P<index>\d+)\))?\]\]", re.MULTILINE)
+# Calls before each load and store, also of what is written just after; they reach our runtime, not clang's.
+_WATCHED = "-fsanitize=thread -fno-sanitize-link-runtime -mllvm -tsan-instrument-func-entry-exit=0"
+_WATCHED += " -mllvm -tsan-instrument-read-before-write"
+_CHECKED = "-fsanitize=array-bounds,shift,signed-integer-overflow,integer-divide-by-zero -fno-sanitize-recover=all"
+_RUN = f"-O1 -fPIC -shared -nostdlib -ffp-contract=off -fno-stack-protector {_WATCHED} {_CHECKED}".split()
 _ATTRIBUTES = {
     "thread_position_in_grid": "in_grid",
     "thread_position_in_threadgroup": "in_threadgroup",
@@ -143,7 +135,7 @@ class HostLaunch:
     ) -> str:
         """The text that MLX would give to Metal's compiler after its preamble."""
         forms = tuple((a.shape, a.dtype) for a in inputs)
-        return _generated(
+        return generated(
             self.name,
             self.input_names,
             self.output_names,
@@ -186,12 +178,6 @@ class Buffer:
     output: bool = False
 
 
-def parameters(text: str) -> list[dict[str, str]]:
-    """The parameters of the kernel that MLX generated: type, name, attribute and buffer index."""
-    signature = text[text.rindex("[[kernel]] void ") :]
-    return [m.groupdict() for m in _PARAMETER.finditer(signature[: signature.index(") {\n")])]
-
-
 def run(
     text: str,
     flags: tuple[str, ...],
@@ -231,10 +217,9 @@ def compiled(text: str, flags: tuple[str, ...] = ()) -> Path:
         return library
     CACHE.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        source, code, linked = (Path(folder) / f"kernel.{end}" for end in ("cpp", "o", "so"))
+        source, linked = (Path(folder) / f"kernel.{end}" for end in ("cpp", "so"))
         source.write_text(f'#include "{HERE / "metal_names.h"}"\n#line 1 "generated.metal"\n{text}{_wrapper(text)}')
-        _clang([*_LANGUAGE, *_TYPED, str(source)], [*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(code)])
-        _clang(["-shared", "-nostdlib", str(code), "-o", str(linked)])
+        _clang([*_LANGUAGE, *_TYPED, str(source)], [*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(linked)])
         linked.replace(library)
     return library
 
@@ -256,7 +241,9 @@ def _wrapper(text: str) -> str:
 
 
 def available() -> str | None:
-    """None where the compiler is installed, else what to do."""
+    """None where kernels run on the host, else what to do."""
+    if sys.platform != "linux":
+        return "the host harness runs on Linux; on a Mac, benchmarks/gpu_checks.py runs the kernels themselves"
     if shutil.which(COMPILER):
         return None
     return f"{COMPILER} is not installed; on Debian: apt-get install clang-19"
@@ -284,54 +271,6 @@ def _runtime() -> ctypes.CDLL:
     runtime.mtl_buffer.restype = ctypes.c_void_p
     runtime.mtl_buffer.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
     return runtime
-
-
-@functools.cache
-def _generated(
-    name: str,
-    input_names: tuple[str, ...],
-    output_names: tuple[str, ...],
-    source: str,
-    header: str,
-    forms: tuple[tuple[tuple[int, ...], mx.Dtype], ...],
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[mx.Dtype, ...],
-) -> str:
-    """MLX prints the text while it records a launch for another machine, which it does without Metal too."""
-    kernel = mx.fast.metal_kernel(
-        name=name, input_names=input_names, output_names=output_names, source=source, header=header
-    )
-
-    def launch(*inputs: mx.array) -> list[mx.array]:
-        return kernel(
-            inputs=list(inputs),
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
-            verbose=True,
-        )
-
-    with tempfile.TemporaryDirectory() as folder, _standard_output() as printed:
-        mx.export_function(str(Path(folder) / "launch.mlxfn"), launch, *(mx.zeros(s, d) for s, d in forms))
-    text = printed[0]
-    return text[text.index("```\n") + 4 : text.rindex("\n```")]
-
-
-@contextlib.contextmanager
-def _standard_output() -> Iterator[list[str]]:
-    """What C++ code writes to standard output."""
-    printed: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(1)
-        os.dup2(file.fileno(), 1)
-        try:
-            yield printed
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-        file.seek(0)
-        printed.append(file.read().decode())
 
 
 def _to_bytes(array: mx.array) -> bytes:
