@@ -28,8 +28,7 @@ COMPILER = "clang++-19"
 CACHE = Path(tempfile.gettempdir()) / f"metal-host-{os.getuid()}"
 # MLX compiles Metal 3.1, which is C++14.
 _WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-Wno-unused", "-Wno-unused-parameter"]
-_LANGUAGE = ["-std=c++14", "-nostdinc", *_WARNINGS]
-_TYPED = ["-DTYPED", "-fsyntax-only", "-Wdouble-promotion"]
+_LANGUAGE = ["-std=c++14", "-nostdinc", "-Wdouble-promotion", *_WARNINGS]
 # Calls before each load and store, also of what is written just after; they reach our runtime, not clang's.
 _WATCHED = "-fsanitize=thread -fno-sanitize-link-runtime -mllvm -tsan-instrument-func-entry-exit=0"
 _WATCHED += " -mllvm -tsan-instrument-read-before-write"
@@ -48,8 +47,17 @@ _ATTRIBUTES = {
     "simdgroups_per_threadgroup": "simdgroups",
 }
 _SCALARS = ("index", "lane", "simdgroup", "simdgroups")
-_WRAPPER = """
-#ifndef TYPED
+# The typed text is only checked: nothing calls an inline function, so no code is made of it.
+_SOURCE = """#define TYPED
+namespace typed {{
+#include "{names}"
+#line 1 "generated.metal"
+{typed}
+}}
+#undef TYPED
+#include "{names}"
+#line 1 "generated.metal"
+{text}
 struct Position {{
   uint in_grid[3], in_threadgroup[3], threadgroup_[3], threads[3], grid[3], groups[3];
   uint index, lane, simdgroup, simdgroups;
@@ -60,7 +68,6 @@ extern "C" char* host_shared(int end) {{ return end ? __stop_threadgroup_memory 
 extern "C" __attribute__((no_sanitize("thread"))) void host_lane(void** buffers, const Position& at) {{
   {kernel}({arguments});
 }}
-#endif
 """
 
 
@@ -210,21 +217,25 @@ def compiled(text: str, flags: tuple[str, ...] = ()) -> Path:
     """A library with the kernel, from an earlier run where nothing has changed."""
     # A macro cannot tell a variable in threadgroup memory, which all lanes share, from a pointer into it.
     text = re.sub(r"(?m)((?:^|[;{}])\s*)(threadgroup [^*&;=(]*\[)", r"\1threadgroup_variable \2", text)
-    names = (HERE / "metal_names.h").read_text()
-    digest = hashlib.sha256("\0".join([text, names, _WRAPPER, *_RUN, *_TYPED, *flags]).encode()).hexdigest()[:24]
+    names = HERE / "metal_names.h"
+    whole = _SOURCE.format(
+        names=names, typed=text.replace("[[kernel]] void", "[[kernel]] inline void"), text=text, **_call(text)
+    )
+    digest = hashlib.sha256("\0".join([whole, names.read_text(), *_LANGUAGE, *_RUN, *flags]).encode()).hexdigest()[:24]
     library = CACHE / f"{digest}.so"
     if library.exists():
         return library
     CACHE.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         source, linked = (Path(folder) / f"kernel.{end}" for end in ("cpp", "so"))
-        source.write_text(f'#include "{HERE / "metal_names.h"}"\n#line 1 "generated.metal"\n{text}{_wrapper(text)}')
-        _clang([*_LANGUAGE, *_TYPED, str(source)], [*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(linked)])
+        source.write_text(whole)
+        _clang([*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(linked)])
         linked.replace(library)
     return library
 
 
-def _wrapper(text: str) -> str:
+def _call(text: str) -> dict[str, str]:
+    """The kernel's name, and its arguments from buffers and a lane's position."""
     kernel = re.search(r"\[\[kernel\]\] void (\w+)\(", text)
     assert kernel, text
     arguments = []
@@ -237,7 +248,7 @@ def _wrapper(text: str) -> str:
             name = _ATTRIBUTES[p["what"]]
             three = f"{{at.{name}[0], at.{name}[1], at.{name}[2]}}".replace("at.threadgroup[", "at.threadgroup_[")
             arguments.append(f"at.{name}" if name in _SCALARS else f"uint3{three}")
-    return _WRAPPER.format(kernel=kernel[1], arguments=", ".join(arguments))
+    return {"kernel": kernel[1], "arguments": ", ".join(arguments)}
 
 
 def available() -> str | None:
@@ -249,13 +260,10 @@ def available() -> str | None:
     return f"{COMPILER} is not installed; on Debian: apt-get install clang-19"
 
 
-def _clang(*commands: list[str]) -> None:
-    """Runs the compiler on each list of arguments, all at once."""
-    started = [subprocess.Popen([COMPILER, *c], stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate()[1] for process in started]
-    for process, error in zip(started, errors, strict=True):
-        if process.returncode:
-            raise MetalSyntaxError(error[:2000])
+def _clang(arguments: list[str]) -> None:
+    done = subprocess.run([COMPILER, *arguments], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise MetalSyntaxError(done.stderr[:2000])
 
 
 @functools.cache

@@ -23,7 +23,6 @@ def matmul(features: tuple[int, ...], inputs: int, bits: int, group: int, dtype:
     return matmul_case([matrix(n, inputs, bits, group, dtype) for n in features], dtype, **fusion)
 
 
-FORMATS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (16, 0)]
 CASES = {
     "matmul-norm-two": (lambda: matmul((40, 21), 1280, 4, 64, BF16, norm=True), (1, 3, 5)),
     "matmul-swiglu": (lambda: matmul((37, 37), 256, 4, 64, BF16, swiglu=True, norm=True), (1,)),
@@ -38,12 +37,14 @@ CASES = {
     "attention": (lambda: attention_case(6, 2, BF16), (1, 3, 5)),
     "attention-half": (lambda: attention_case(8, 1, F16), (1,)),
 }
-for _bits, _group in FORMATS:
-    for _dtype, _name in ((BF16, "bf16"), (F16, "half")):
-        CASES[f"matmul-{_bits}b-g{_group}-{_name}"] = (
-            lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
-            (1,),
-        )
+for _bits, _group, _dtype in [
+    *((4, 32, F16), (4, 64, BF16), (4, 64, F16), (4, 128, BF16)),
+    *((8, 32, BF16), (8, 64, BF16), (8, 64, F16), (8, 128, F16), (16, 0, BF16), (16, 0, F16)),
+]:
+    CASES[f"matmul-{_bits}b-g{_group}-{'bf16' if _dtype == BF16 else 'half'}"] = (
+        lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
+        (1,),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
