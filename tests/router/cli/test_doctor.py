@@ -126,12 +126,6 @@ def test_kernel_checks_are_told(checks: list[dict[str, str]], state: State, text
     assert text in finding.what
 
 
-def test_a_mac_without_checks_is_sent_to_tune() -> None:
-    advice = [next(doctor._kernels(ENGINE | {"platform": name})).advice for name in ("cuda", "metal")]
-    assert "verify PATH" in advice[0]
-    assert "tune PATH" in advice[1]
-
-
 def test_verify_reports_one_checkpoint(checkpoint: Path, capsys: Capture) -> None:
     assert main(["verify", str(checkpoint), "--tokens", "24", "--json"]) == 0
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ from mtp_kernels.launch import platform
 from mtp_kernels.tuning import Result
 
 from mlx_mtp_backend.tuning import Tuned
+from router import doctor
 from router.cli import main, tune
 
 Capture = pytest.CaptureFixture[str]
@@ -64,3 +65,9 @@ def test_everything_measured_is_in_the_json() -> None:
     assert told["best"]["variants"]["64x128 4b g64"]["splits"] == 4
     assert (told["saved"], told["trials"]) == (True, 25)
     assert tune.fields(replace(WON, best=None))["best"] is None
+
+
+def test_doctor_sends_a_mac_without_checks_here() -> None:
+    advice = [next(doctor._kernels({"platform": name, "kernel_checks": []})).advice for name in ("cuda", "metal")]
+    assert "verify PATH" in advice[0]
+    assert "tune PATH" in advice[1]
