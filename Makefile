@@ -9,7 +9,7 @@ EXTRAS ?= [cpu,openblas]
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance lint protos clean
+.PHONY: help setup demo serve test conformance metal-host lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -37,15 +37,14 @@ test: setup  ## run every test
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
 
+metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
+	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
+
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	cd protos && ../$(BIN)/buf lint
-
-.PHONY: metal-host
-metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
-	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
 
 protos: setup  ## generate and install the stubs again
 	$(BIN)/python -m pip install --quiet -c constraints.txt --force-reinstall --no-deps ./protos
