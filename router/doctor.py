@@ -168,7 +168,8 @@ def _kernels(engine: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("kernels", State.NOTE, "no GPU: MLX's own operations run")
         return
     if not checks:
-        advice = "mtp-router verify PATH checks them with a model of yours"
+        how = "tune PATH measures" if engine["platform"] == "metal" else "verify PATH checks"
+        advice = f"mtp-router {how} them with a model of yours"
         yield Finding("kernels", State.NOTE, "no kernel has been checked on this device yet", advice)
         return
     failed = [check for check in checks if check["implementation"] == "fallback"]
