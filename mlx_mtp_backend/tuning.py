@@ -46,7 +46,8 @@ class Tuned:
     """What was measured, seconds of a step by its rows, and what came of it.
 
     Attributes:
-        best: fastest variants by product and their seconds, measured again at the end; None where the kernels failed their checks.
+        best: fastest variants by product, and their seconds measured again at the end; None where the kernels failed
+            their checks.
         saved: whether the kernels won and the file was written.
         trials: models timed.
     """
