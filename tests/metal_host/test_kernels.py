@@ -85,8 +85,9 @@ def test_what_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatc
             got = few_row_matmul.few_row_matmul(x, matrices, **fused)
             alone = [few_row_matmul.few_row_matmul(x[i : i + 1], matrices, **fused) for i in range(8)]
         entry.cases += 1
-        entry.worst = relative_error(got, want)
-        assert entry.worst < 1e-6, variant
+        error = relative_error(got, want)
+        entry.worst = max(entry.worst, error)
+        assert error < 1e-6, variant
         assert mx.array_equal(mx.concatenate(alone), got), variant
         assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got), variant
 
