@@ -6,8 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mtp_kernels import few_row_matmul
 from mtp_kernels.few_row_attention import few_row_attention, reference
-from mtp_kernels.few_row_matmul import few_row_matmul, variants
+from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.few_row_matmul.variants import CANDIDATES, Variant
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import Case, check, relative_error
@@ -70,20 +71,25 @@ TRIED |= {v for v in CANDIDATES if (v.words, v.splits) == (1, 2)}
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_what_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each passes, and those that deal K out alike have the same bits."""
+    """Right in float32, where no rounding hides a row's last bit, and alike where K is dealt out alike."""
     mx.random.seed(7)
     matrices = [matrix(21, 640, bits, 64 if bits < 16 else 0, BF16)]
-    x = mx.random.normal((8, 640)).astype(BF16)
+    x, norm = mx.random.normal((8, 640)).astype(BF16), mx.random.uniform(0.5, 1.5, (640,)).astype(BF16)
     dealt: dict[tuple[int, int], mx.array] = {}
+    fused = {"norm_weight": norm, "out_dtype": mx.float32}
+    want = few_row_matmul.reference(x, matrices, **fused)
     for variant in TRIED if bits == 4 else [v for v in DEALT.values() if v.splits == 2]:
-        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices): variant})
+        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices, norm=True): variant})
         with tally("few_row_matmul") as entry, metal_through(Host()):
-            choice = check(matmul_case(matrices, BF16))
-            got = few_row_matmul(x, matrices)
-        assert choice.implementation == "metal", f"{variant}: {choice.reason}"
-        assert choice.version.endswith(f"-{variant}")
-        assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got)
+            assert matmul_case(matrices, BF16, norm=True).version.endswith(f"-{variant}")
+            got = few_row_matmul.few_row_matmul(x, matrices, **fused)
+            alone = [few_row_matmul.few_row_matmul(x[i : i + 1], matrices, **fused) for i in range(8)]
         entry.cases += 1
+        error = relative_error(got, want)
+        entry.worst = max(entry.worst, error)
+        assert error < 1e-6, variant
+        assert mx.array_equal(mx.concatenate(alone), got), variant
+        assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got), variant
 
 
 def test_variants_that_no_kernel_has() -> None:
