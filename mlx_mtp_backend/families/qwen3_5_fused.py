@@ -14,6 +14,7 @@ import mlx.core as mx
 from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.launch import platform
 from mtp_kernels.registry import Registry, Selection
+from mtp_kernels.sampler.probe import case as sampler_case
 
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
@@ -56,6 +57,7 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        self.sampler = selection.optional(sampler_case(self.vocab_size, self._dtype))
         self.most_rows = MAX_PASS_ROWS
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
