@@ -16,7 +16,7 @@ from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
 
 FOLDER = Path(mtp_kernels.__file__).parent
-KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention"]
+KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "sampler"]
 BF16 = mx.bfloat16
 
 
