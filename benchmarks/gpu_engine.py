@@ -204,11 +204,15 @@ def together(bench: Bench, count: int, tokens: int) -> dict[str, Any]:
     plain = [bench.start(stream, NUCLEUS, tokens + warm + spare, 0) for stream in range(count)]
     bench.run(plain, warm // 2)
     row: dict[str, Any] = {"plain": bench.plain(plain, tokens + spare - 2)}
-    del plain
-    for _ in range(2):
-        auto = [bench.start(stream, NUCLEUS, tokens + warm + spare, None) for stream in range(count)]
-        bench.run(auto, warm)
-        row["auto"] = bench.run(auto, tokens - warm) | {"equal_plain": bench.replayed(auto)}
+    for name, depth in (("depth 3", 3), ("auto", None)):
+        streams = [bench.start(stream, NUCLEUS, tokens + warm + spare, depth) for stream in range(count)]
+        bench.run(streams, warm if depth else tokens // 2)
+        row[name] = bench.run(streams, tokens // 2 - warm) | {"equal_plain": bench.replayed(streams)}
+    row["costs_ms"] = [
+        [sequences, rows, seconds * 1e3]
+        for sequences, rows, seconds in bench.depths.costs.to_json()
+        if sequences == count
+    ]
     row["auto_over_plain"] = row["auto"]["tokens_per_second"] / row["plain"]["tokens_per_second"]
     return row
 

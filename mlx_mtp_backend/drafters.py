@@ -70,7 +70,11 @@ class HeadDrafter:
         segments = [Segment(run.sequence.head, count) for run, count in zip(runs, counts, strict=True)]
         hidden = self._model.head(tokens, carried, segments)
         ends = [end - 1 for end in itertools.accumulate(counts)]
-        logits = self._model.logits(hidden.normed[mx.array(ends)])
+        if len(ends) == tokens.shape[0]:
+            newest = hidden.normed
+        else:
+            newest = hidden.normed[-1:] if len(ends) == 1 else hidden.normed[mx.array(ends)]
+        logits = self._model.logits(newest)
         for run, end in zip(runs, ends, strict=True):
             run.carried = hidden.carried[end : end + 1]
         drawn = [draws.direct(self._model, run.sequence) and run.sequence.rule is Rule.COUPLING for run in runs]

@@ -18,7 +18,7 @@ from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
-from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.host import flags, ints, table
 from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.processors import processed
@@ -176,12 +176,24 @@ def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> Roun
             sequence.abort()
         raise
     told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
-    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
+    said = _joined(built.rows, built.outcome.stands, built.outcome.token, built.finite)
+    evaluate([said, built.hidden.carried, *told])
     times.append(time.perf_counter())
-    read = _Read(ints(built.rows), flags(built.outcome.stands), ints(built.outcome.token), flags(built.finite))
+    read = _read(said)
     committed = [_commit(sequence, built, read, place) for place, sequence in enumerate(sequences)]
     times.append(time.perf_counter())
     return Round(committed, *(after - before for before, after in itertools.pairwise(times)))
+
+
+@mx.compile
+def _joined(rows: mx.array, stands: mx.array, token: mx.array, finite: mx.array) -> mx.array:
+    """One array, as each that the host reads is a copy of its own: int32 [4, R]."""
+    return mx.stack([rows, stands.astype(mx.int32), token, finite.astype(mx.int32)])
+
+
+def _read(said: mx.array) -> _Read:
+    rows, stands, token, finite = table(said)
+    return _Read(rows, [bool(value) for value in stands], token, [bool(value) for value in finite])
 
 
 def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) -> _Built:

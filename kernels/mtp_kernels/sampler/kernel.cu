@@ -10,6 +10,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 8192;  // values counted at once, from the greatest down
 constexpr int kOwn = kBins / kThreads;
 constexpr int kGroup = 8;  // tokens that a thread takes in turn, 16 bytes
+constexpr int kAhead = 4;  // groups that it loads at once; more need more registers than a block of this size has
+constexpr int kListed = 2048;  // tokens of the border's value that are ranked by comparing each with each
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Rows of `parameters`, 8 words: key (2), position, temperature, top-k, top-p, min-p, purpose; fractions as float bits.
@@ -33,28 +35,55 @@ __device__ __forceinline__ float value_of(int key) {
 }
 
 template <typename T>
-struct alignas(16) Group {
-  T v[kGroup];
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct Pair<__half> {
+  using Type = __half2;
 };
 
-// A thread's share of a row: groups t, t + kThreads, ... whatever the row's alignment.
-template <typename T, int V>
-__device__ __forceinline__ Group<T> load(const T* row, int group) {
-  if constexpr (V % kGroup == 0) {
-    return reinterpret_cast<const Group<T>*>(row)[group];
-  } else {
-    Group<T> out;
+template <typename T>
+struct alignas(16) Group {
+  T v[kGroup];
+
+  // The greatest value.
+  __device__ __forceinline__ float most() const {
+    using Two = typename Pair<T>::Type;
+    const Two* pairs = reinterpret_cast<const Two*>(v);
+    const Two two = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
+    return fmaxf(static_cast<float>(two.x), static_cast<float>(two.y));
+  }
+};
+
+// Calls f(group, number of the group) for this thread's share of a row: groups t, t + kThreads, ... whatever the row's
+// alignment. Places behind the row's end hold -inf.
+template <typename T, int V, typename F>
+__device__ __forceinline__ void each_group(const T* row, F f) {
+  constexpr int kGroups = (V + kGroup - 1) / kGroup;
+  for (int first = threadIdx.x; first < kGroups; first += kThreads * kAhead) {
+    Group<T> ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int id = group * kGroup + i;
-      out.v[i] = id < V ? row[id] : static_cast<T>(-infinity());
+    for (int a = 0; a < kAhead; ++a) {
+      const int g = first + a * kThreads;
+      if constexpr (V % kGroup == 0) {
+        if (g < kGroups) ahead[a] = reinterpret_cast<const Group<T>*>(row)[g];
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i)
+          ahead[a].v[i] = g * kGroup + i < V ? row[g * kGroup + i] : static_cast<T>(-infinity());
+      }
     }
-    return out;
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+      if (first + a * kThreads < kGroups) f(ahead[a], first + a * kThreads);
   }
 }
 
 struct Shared {
-  unsigned bins[kBins + kThreads];
+  unsigned bins[kBins + kThreads];  // whole numbers: they may be added in any order
   float sums[kWarps];
   unsigned counts[kWarps];
   int ids[kWarps];
@@ -78,27 +107,32 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 // exp(value - top), 0 for -inf; `top` is not below any value.
-__device__ __forceinline__ float mass_of(float value, float top) { return exp2f((value - top) * kLog2e); }
+__device__ __forceinline__ float mass_of(float value, float top) {
+  float mass;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(mass) : "f"((value - top) * kLog2e));
+  return mass;
+}
 
 // The row's greatest value, the mass of all tokens relative to it if asked for, and this thread's own greatest value.
 template <typename T, int V>
 __device__ void survey(const T* row, Shared& s, bool weigh, float& top, float& total, float& own) {
   own = -infinity();
   float sum = 0.0f;
-#pragma unroll 2
-  for (int g = threadIdx.x; g < (V + kGroup - 1) / kGroup; g += kThreads) {
-    const Group<T> x = load<T, V>(row, g);
-    float v[kGroup], most = -infinity();
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) most = fmaxf(most, v[i] = static_cast<float>(x.v[i]));
+  each_group<T, V>(row, [&](const Group<T>& x, int) {
+    const float most = x.most();
     if (most > own) {
       if (weigh) sum *= mass_of(own, most);
       own = most;
     }
-    if (!weigh || own == -infinity()) continue;
+    if (!weigh || own == -infinity()) return;
+    float masses[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum += mass_of(v[i], own);
-  }
+    for (int i = 0; i < kGroup; ++i) masses[i] = mass_of(static_cast<float>(x.v[i]), own);
+#pragma unroll
+    for (int width = kGroup / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) masses[i] += masses[i + width];
+    sum += masses[0];
+  });
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   top = warp_max(own);
   if (lane == 0) s.sums[warp] = top;
@@ -127,16 +161,16 @@ __device__ __forceinline__ void clear(Shared& s) {
 template <typename T, int V>
 __device__ void count(const T* row, Shared& s, int first, int floor) {
   const int least = max(floor, first - kBins + 1);
+  const float least_value = value_of<T>(least);
   clear(s);
-#pragma unroll 2
-  for (int g = threadIdx.x; g < (V + kGroup - 1) / kGroup; g += kThreads) {
-    const Group<T> x = load<T, V>(row, g);
+  each_group<T, V>(row, [&](const Group<T>& x, int g) {
+    if (x.most() < least_value) return;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int key = key_of(x.v[i]);
       if (key >= least && key <= first && (V % kGroup == 0 || g * kGroup + i < V)) atomicAdd(&s.bins[at(first - key)], 1u);
     }
-  }
+  });
   __syncthreads();
 }
 
@@ -274,51 +308,78 @@ __device__ __forceinline__ float log_exponential(unsigned bits) {
   return logf(-log1pf(-uniform));
 }
 
-// The kept token of the least log E - value / temperature, the lowest id of equals. Kept are values not below `least`,
-// of keys above `key`, and of `key` itself up to `last`.
+// What this thread's tokens came to: the least score and whose it is.
+struct Best {
+  float score;
+  int id;
+};
+
+__device__ __forceinline__ void enter(Best& best, unsigned bits, float value, int id, float top, float temperature) {
+  const float score = log_exponential(bits) - (value - top) / temperature;
+  if (score < best.score || (score == best.score && id < best.id)) best = {score, id};
+}
+
+// The kept token of the least log E - value / temperature, the lowest id of equals. Kept are values not below `least`
+// that belong by the border, or all where its key is -1.
 template <typename T, int V>
-__device__ int race(const T* row, Shared& s, const unsigned* parameters, float top, float least, int key,
-                    int last) {
+__device__ int race(const T* row, Shared& s, const unsigned* parameters, float top, float least, Border border) {
+  const unsigned k0 = parameters[0], k1 = parameters[1], position = parameters[2], purpose = parameters[7];
   const float temperature = __uint_as_float(parameters[3]);
-  float best = infinity();
-  int winner = V;
-  for (int g = threadIdx.x; g < (V + kGroup - 1) / kGroup; g += kThreads) {
-    const Group<T> x = load<T, V>(row, g);
+  const float border_value = border.key < 0 ? -infinity() : value_of<T>(border.key);
+  const bool cut = border.key >= 0 && border.keep < border.ties, listed = cut && border.ties <= kListed;
+  const int last = cut && !listed ? last_tie<T, V>(row, s, border.key, border.keep) : V;
+  __syncthreads();
+  if (threadIdx.x == 0) s.key = 0;  // tokens in the list, which lies where the counts lay
+  __syncthreads();
+  Best best = {infinity(), V};
+  each_group<T, V>(row, [&](const Group<T>& x, int g) {
+    if (x.most() < border_value) return;
 #pragma unroll
     for (int half = 0; half < kGroup; half += 4) {
       bool kept[4], any = false;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int own = key_of(x.v[half + i]), id = g * kGroup + half + i;
-        kept[i] = (own > key || (own == key && id <= last)) && static_cast<float>(x.v[half + i]) >= least &&
+        kept[i] = (own > border.key || (own == border.key && id <= last)) && static_cast<float>(x.v[half + i]) >= least &&
                   (V % kGroup == 0 || id < V);
+        if (listed && kept[i] && own == border.key) {
+          s.bins[atomicAdd(&s.key, 1)] = id;
+          kept[i] = false;
+        }
         any |= kept[i];
       }
       if (!any) continue;
-      const uint4 block = philox(g * (kGroup / 4) + half / 4, parameters[2], parameters[7], parameters[0], parameters[1]);
+      const uint4 block = philox(g * (kGroup / 4) + half / 4, position, purpose, k0, k1);
       const unsigned draws[4] = {block.x, block.y, block.z, block.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!kept[i]) continue;
-        const float score = log_exponential(draws[i]) - (static_cast<float>(x.v[half + i]) - top) / temperature;
-        if (score < best) best = score, winner = g * kGroup + half + i;
-      }
+      for (int i = 0; i < 4; ++i)
+        if (kept[i]) enter(best, draws[i], static_cast<float>(x.v[half + i]), g * kGroup + half + i, top, temperature);
     }
+  });
+  __syncthreads();
+  const int count = s.key;
+  for (int t = threadIdx.x; t < count; t += kThreads) {
+    const unsigned id = s.bins[t];
+    int rank = 0;
+    for (int other = 0; other < count; ++other) rank += s.bins[other] < id;
+    if (rank >= border.keep) continue;
+    const uint4 block = philox(id / 4, position, purpose, k0, k1);
+    const unsigned bits = id % 4 < 2 ? (id % 2 ? block.y : block.x) : (id % 2 ? block.w : block.z);
+    enter(best, bits, border_value, id, top, temperature);
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, best, d);
-    const int id = __shfl_xor_sync(0xffffffffu, winner, d);
-    if (other < best || (other == best && id < winner)) best = other, winner = id;
+    const float score = __shfl_xor_sync(0xffffffffu, best.score, d);
+    const int id = __shfl_xor_sync(0xffffffffu, best.id, d);
+    if (score < best.score || (score == best.score && id < best.id)) best = {score, id};
   }
-  __syncthreads();
-  if (lane == 0) s.sums[warp] = best, s.ids[warp] = winner;
+  if (lane == 0) s.sums[warp] = best.score, s.ids[warp] = best.id;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w)
-    if (s.sums[w] < best || (s.sums[w] == best && s.ids[w] < winner)) best = s.sums[w], winner = s.ids[w];
-  return min(winner, V - 1);  // a row without a finite value has no winner
+    if (s.sums[w] < best.score || (s.sums[w] == best.score && s.ids[w] < best.id)) best = {s.sums[w], s.ids[w]};
+  return min(best.id, V - 1);  // a row without a finite value has no winner
 }
 
 template <typename T, int V>
@@ -331,7 +392,7 @@ __device__ void run(const T* logits, const unsigned* parameters, int* tokens) {
   float top, total = 0.0f, own;
   survey<T, V>(row, s, top_p < 1.0f && (top_k == 0 || top_k >= V), top, total, own);
   const int greatest = key_of(static_cast<T>(top));
-  int key = -1, last = V, counted = -1, floor = 0;
+  int counted = -1, floor = 0;
   Border limit = {-1, 0, 0, total};
   if (top_k > 0 && top_k < V) {
     if (top_k <= kThreads) {
@@ -355,12 +416,8 @@ __device__ void run(const T* logits, const unsigned* parameters, int* tokens) {
     const Border nucleus = border<T, V>(row, s, greatest, floor, top, V, top_p * limit.mass, counted);
     if (nucleus.key > limit.key || (nucleus.key == limit.key && nucleus.keep < limit.keep)) limit = nucleus;
   }
-  if (limit.key >= 0) {
-    key = limit.key;
-    if (limit.keep < limit.ties) last = last_tie<T, V>(row, s, key, limit.keep);
-  }
   const float least = min_p > 0.0f ? top + logf(min_p) : -infinity();
-  const int token = race<T, V>(row, s, parameters, top, least, key, last);
+  const int token = race<T, V>(row, s, parameters, top, least, limit);
   if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }
 

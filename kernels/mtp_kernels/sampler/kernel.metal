@@ -45,11 +45,11 @@ inline Sums all_sums(Sums own, threadgroup int* tokens, threadgroup float* masse
 inline uint draw(uint token, uint position, uint purpose, uint k0, uint k1) {
   uint c[4] = {token / 4, position, purpose, 0};
   for (int round = 0; round < 10; ++round) {
-    const ulong low = ulong(c[0]) * 0xD2511F53u, high = ulong(c[2]) * 0xCD9E8D57u;
-    c[0] = uint(high >> 32) ^ c[1] ^ k0;
-    c[2] = uint(low >> 32) ^ c[3] ^ k1;
-    c[1] = uint(high);
-    c[3] = uint(low);
+    const uint a = c[0], b = c[2];
+    c[0] = mulhi(b, 0xCD9E8D57u) ^ c[1] ^ k0;
+    c[2] = mulhi(a, 0xD2511F53u) ^ c[3] ^ k1;
+    c[1] = b * 0xCD9E8D57u;
+    c[3] = a * 0xD2511F53u;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
