@@ -14,8 +14,8 @@ _BODY = """
   threadgroup float shared_masses[kSimdgroups];
   const int thread_id = int(thread_position_in_threadgroup.x);
   const int lane = int(thread_index_in_simdgroup), simdgroup = int(simdgroup_index_in_threadgroup);
-  const device ushort* row = logits + size_t(threadgroup_position_in_grid.x) * V;
-  const device uint* given = parameters + threadgroup_position_in_grid.x * WORDS;
+  const auto row = logits + size_t(threadgroup_position_in_grid.x) * V;
+  const auto given = parameters + threadgroup_position_in_grid.x * WORDS;
   const float temperature = as_type<float>(given[3]), top_p = as_type<float>(given[5]);
   const float min_p = as_type<float>(given[6]);
   const int top_k = int(given[4]);
