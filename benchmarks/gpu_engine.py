@@ -1,4 +1,4 @@
-"""The engine's own rounds on one NVIDIA GPU: `python benchmarks/gpu_engine.py [--output FILE]`; offline.
+"""The engine's own rounds on one NVIDIA GPU: `python benchmarks/gpu_engine.py [alone] [rejection] [streams]`.
 
 `rounds.run_round` as the service calls it, with everything that a request pays for there: sampling, acceptance, host
 reads and the depth controller. Weights are random, so acceptance is imposed: the real head runs and its drafts are
@@ -45,6 +45,7 @@ SHARPNESS = 6.0  # standard deviation of the logits: a nucleus of some ten token
 NUCLEUS = Sampling(0.6, top_p=0.95)
 SAMPLINGS = {"greedy": Sampling(0.0), "top-p": NUCLEUS, "top-k, top-p": Sampling(0.6, top_k=20, top_p=0.95)}
 STREAMS = (1, 2, 4, 8)
+PARTS = ["alone", "rejection", "streams"]
 Row = dict[str, Any]
 
 
@@ -219,11 +220,15 @@ def together(bench: Bench, count: int, tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is given")
     parser.add_argument("--tokens", type=int, default=120, help="of a measured reply")
     parser.add_argument("--streams", type=int, nargs="*", default=STREAMS)
     parser.add_argument("--stock-sampler", action="store_true", help="first with the stock sampler too, one stream")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    parts = args.parts or PARTS
     if not mx.cuda.is_available():
         sys.exit("benchmarks/gpu_engine.py needs an NVIDIA GPU and MLX's CUDA backend")
     registry = Registry()
@@ -251,10 +256,11 @@ def main() -> None:
         kept, model.sampler = model.sampler, None
         note("stock sampler, top-p", alone(bench, NUCLEUS, args.tokens, (3,)))
         model.sampler = kept
-    for name, sampling in SAMPLINGS.items():
+    for name, sampling in SAMPLINGS.items() if "alone" in parts else ():
         note(name, alone(bench, sampling, args.tokens, (3,) if name != "top-p" else (1, 3, 4)))
-    note("rejection, top-p, depth 3", rejection(bench, args.tokens))
-    for count in args.streams:
+    if "rejection" in parts:
+        note("rejection, top-p, depth 3", rejection(bench, args.tokens))
+    for count in args.streams if "streams" in parts else ():
         note(f"{count} streams", together(bench, count, args.tokens))
 
 

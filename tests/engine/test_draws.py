@@ -8,10 +8,12 @@ import mlx.core as mx
 import pytest
 from mtp_kernels.sampler import reference
 
-from mlx_mtp_backend.api import GenerateParams, Rule, Sampling
+from mlx_mtp_backend.api import GenerateParams, LoadOptions, Rule, Sampling
 from mlx_mtp_backend.drafters import HeadDrafter
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.loading import unseeded_rule
 from mlx_mtp_backend.processors import processors_of
+from mlx_mtp_backend.wiring import WiringReport
 from tests.conformance import decode
 
 PROMPTS = [tuple((41 * i + 7 * n) % 690 for i in range(n)) for n in (5, 17, 30)]
@@ -75,3 +77,18 @@ def test_rejection_keeps_laws_of_its_own(model, monkeypatch) -> None:
 def test_replay_beside_processed_neighbours(model, monkeypatch) -> None:
     monkeypatch.setattr(model, "sampler", Counted())
     assert replies(model, 2, biased=1)[0::2] == replies(model, 0)[0::2]
+
+
+@pytest.mark.parametrize(
+    ("rejection", "coupling", "drawn", "chosen"),
+    [
+        (0.54, 0.51, False, Rule.REJECTION),
+        (0.54, 0.51, True, Rule.COUPLING),
+        (0.51, 0.54, False, Rule.COUPLING),
+        (0.9, 0.4, True, Rule.REJECTION),
+    ],
+)
+def test_the_rule_without_a_seed_promises_more_tokens_a_second(rejection, coupling, drawn, chosen) -> None:
+    report = WiringReport(99, 0.5, 0.1, {}, None, {Rule.REJECTION: rejection, Rule.COUPLING: coupling}, True)
+    assert unseeded_rule(LoadOptions(), report, drawn=drawn) is chosen
+    assert unseeded_rule(LoadOptions(unseeded_rule=Rule.REJECTION), report, drawn=drawn) is Rule.REJECTION
