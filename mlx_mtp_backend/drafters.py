@@ -117,8 +117,11 @@ class _Run:
 
 def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> None:
     """The next draft of sequences that sample alike. logits: [len(runs), vocab size]."""
-    made = [mx.concatenate(run.tokens) if run.tokens else None for run in runs]
-    parts = [(run.sequence.processors, slice(row, row + 1), made[row]) for row, run in enumerate(runs)]
+    parts = [
+        (run.sequence.processors, slice(row, row + 1), mx.concatenate(run.tokens) if run.tokens else None)
+        for row, run in enumerate(runs)
+        if run.sequence.processors is not None
+    ]
     law = sampling.transform(processed(logits, parts), parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
     positions = mx.array([_place(run)[1] for run in runs])

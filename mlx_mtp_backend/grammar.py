@@ -62,6 +62,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._ends = ends
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # its own, so that a kept format is found at once while a vocabulary is read
         self._read: LLTokenizer | None = None
         self._kept: OrderedDict[tuple[FormatKind, str], LLMatcher] = OrderedDict()
 
@@ -75,22 +76,34 @@ class Grammars:
             raise _refused("the model has no token that ends a reply")
         key = (wanted.kind, wanted.rule)
         with self._lock:
-            matcher = self._kept.get(key) or _compiled(self._vocabulary(), wanted)
+            matcher = self._kept.get(key)
+        if matcher is None:
+            matcher = _compiled(self._vocabulary("response_format"), wanted)
+        with self._lock:
             self._kept[key] = matcher
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-            return Grammar(matcher.deep_copy(), self._ends, wanted.after)
+        return Grammar(matcher.deep_copy(), self._ends, wanted.after)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
-        with self._lock:
-            return self._vocabulary().decode_bytes([token])
+        """The bytes that a token stands for.
 
-    def _vocabulary(self) -> LLTokenizer:
-        if self._read is None:
-            self._read = LLTokenizer(self._tokenizer.to_str(), eos_token=sorted(self._ends) or None)
-        return self._read
+        Raises:
+            EngineError: INVALID_PARAMS for a tokenizer of a kind that llguidance does not read.
+        """
+        return self._vocabulary("logprobs").decode_bytes([token])
+
+    def _vocabulary(self, field: str) -> LLTokenizer:
+        with self._reading:
+            if self._read is None:
+                try:
+                    self._read = LLTokenizer(self._tokenizer.to_str(), eos_token=sorted(self._ends) or None)
+                except ValueError as error:
+                    log.info("llguidance cannot read a tokenizer: %s", error)
+                    detail = "this model's tokenizer is of a kind that cannot be read token by token"
+                    raise EngineError(ErrorReason.INVALID_PARAMS, detail, field=field) from None
+            return self._read
 
 
 def _compiled(vocabulary: LLTokenizer, wanted: ResponseFormat) -> LLMatcher:

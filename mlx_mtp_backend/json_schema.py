@@ -42,6 +42,8 @@ def enforceable(text: str) -> str:
     """
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(schema, dict):
+            raise SchemaError("it is not an object")
         multiple = 1
         for part in _parts(schema, MAX_DEPTH):
             _check(part)

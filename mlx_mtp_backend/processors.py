@@ -84,33 +84,33 @@ def processors_of(params: GenerateParams, ends: frozenset[int], grammar: Grammar
     return Processors(params, ends, grammar) if asks else None
 
 
-def processed(logits: mx.array, parts: Sequence[tuple[Processors | None, slice, mx.array | None]]) -> mx.array:
-    """The logits of a pass, each part's rows through its processors.
+def processed(logits: mx.array, parts: Sequence[tuple[Processors, slice, mx.array | None]]) -> mx.array:
+    """The logits of a pass, with the rows of these sequences through their processors.
 
     Args:
         logits: [N, V].
-        parts: processors, rows and drafts (None for none) of each sequence, in the order of the rows.
+        parts: processors, rows and drafts (None for none) of each sequence that has any, in the order of the rows.
     """
-    if all(processors is None for processors, _, _ in parts):
+    if not parts:
         return logits
-    drafts = [given for processors, _, given in parts if processors and processors.looks_ahead and given is not None]
-    if drafts:
+    awaited = [drafts for processors, _, drafts in parts if processors.looks_ahead and drafts is not None]
+    if awaited:
         mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the pass runs while the masks are computed
-        mx.eval(drafts)
-    done = []
-    for processors, rows, given in parts:
-        follows = mx.zeros((0,), mx.int32) if given is None else given
-        own = logits[rows].astype(mx.float32)
-        done.append(own if processors is None else processors.apply(own, follows))
-    return mx.concatenate(done)
+        mx.eval(awaited)
+    logits = logits.astype(mx.float32)
+    done, end = [], 0
+    for processors, rows, drafts in parts:
+        follows = mx.zeros((0,), mx.int32) if drafts is None else drafts
+        done += [logits[end : rows.start], processors.apply(logits[rows], follows)]
+        end = rows.stop
+    return mx.concatenate([*done, logits[end:]])
 
 
 def _masked(logits: mx.array, masks: mx.array) -> mx.array:
     """-inf where a token's bit is not set. masks: uint32 [R, words], bit t % 32 of word t // 32 for token t."""
-    vocab_size = logits.shape[-1]
-    words = mx.repeat(masks, _WORD, axis=-1)[:, :vocab_size]
-    allowed = (words >> (mx.arange(vocab_size, dtype=mx.uint32) % _WORD)) & 1
-    return mx.where(allowed == 1, logits, -math.inf)
+    bits = (masks[..., None] >> mx.arange(_WORD, dtype=mx.uint32)) & 1
+    allowed = bits.astype(mx.bool_).reshape(logits.shape[0], -1)[:, : logits.shape[-1]]
+    return mx.where(allowed, logits, -math.inf)
 
 
 def _widened(mask: Mask | None, vocab_size: int) -> Mask:

@@ -106,7 +106,9 @@ def _first_token(model: Model, sequence: Sequence, logits: mx.array) -> mx.array
     position = sequence.prompt_length
     if draws.direct(model, sequence):
         return draws.draw(model, logits, [(sequence, position)], Purpose.TARGET)
-    law = sampling.transform(processed(logits, [(sequence.processors, slice(0, 1), None)]), sequence.sampling)
+    if sequence.processors is not None:
+        logits = processed(logits, [(sequence.processors, slice(0, 1), None)])
+    law = sampling.transform(logits, sequence.sampling)
     return sampling.choose(law, noise.keys([sequence.seed]), mx.array([position]), Purpose.TARGET)
 
 
@@ -206,11 +208,10 @@ def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) 
     tokens = mx.concatenate(rows)
     hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
-    slices = split_rows(segments)
-    outcome = _judge(model, sequences, drafts, slices, logits)
+    outcome = _judge(model, sequences, drafts, split_rows(segments), logits)
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
-        for one, draft, part in zip(sequences, drafts, slices, strict=True)
+        for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
     ]
     return _Built(drafts, tokens, segments, hidden, outcome, _all_finite(logits), measured)
 
@@ -235,11 +236,18 @@ def _judge(
         None if rule is Rule.COUPLING and draws.direct(model, sequence) else (sequence.sampling, rule)
         for sequence, rule in zip(sequences, rules, strict=True)
     ]
+    parts = [
+        (one.processors, part, None if draft is None else draft.tokens)
+        for one, part, draft in zip(sequences, slices, drafts, strict=True)
+        if one.processors is not None
+    ]
+    treated = processed(logits, parts)
     groups = grouped(kinds)
     outcomes, order = [], []
     for kind, places in groups.items():
         rows = [row for place in places for row in range(slices[place].start, slices[place].stop)]
-        own = logits if len(groups) == 1 else logits[mx.array(rows)]
+        source = logits if kind is None else treated
+        own = source if len(groups) == 1 else source[mx.array(rows)]
         members = [(sequences[place], drafts[place]) for place in places]
         outcomes.append(_draw(model, members, own) if kind is None else _judge_alike(members, own, *kind))
         order += rows
@@ -257,14 +265,6 @@ def _judge_alike(
     positions: list[int] = []
     drafted: list[int] = []
     laws: list[Law] = []
-    parts = split_rows([Segment((), _rows(draft)) for _, draft in members])
-    logits = processed(
-        logits,
-        [
-            (one.processors, part, None if draft is None else draft.tokens)
-            for (one, draft), part in zip(members, parts, strict=True)
-        ],
-    )
     for sequence, draft in members:
         depth = _rows(draft) - 1
         drafted += range(len(seeds), len(seeds) + depth)

@@ -211,10 +211,24 @@ class ModelFormat(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """A multi-token-prediction head: layers that are declared, whether their tensors are there (None: not told), what
+    runs them ("": nothing here), where they lie ("": nowhere), and whether they are another checkpoint's.
+    """
+
+    declared_layers: int
+    present: bool | None
+    driver: str = ""
+    place: str = ""
+    grafted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is known of a model's files without loading them.
 
-    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
+    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served;
+    `cache_bytes`, what a token of context takes in the key and value caches; `stamp`, when which files were written.
     """
 
     format: ModelFormat = ModelFormat.GGUF
@@ -222,9 +236,12 @@ class ModelFacts:
     quantization: str = ""
     context_length: int | None = None
     size_bytes: int | None = None
+    cache_bytes: int | None = None
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
+    head: HeadFacts | None = None
+    stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:
         """Whether the capability is shown to be there; False where it is not known."""
@@ -239,13 +256,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What answers a request, and why in one sentence."""
+    """What answers a request, and why in one sentence.
+
+    `fallback_cause` tells why the requested model itself could not, where one of its fallbacks answers.
+    """
 
     requested_model: str
     model: str
     backend: str
     kind: BackendKind
     reason: str
+    fallback_cause: ErrorReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +513,7 @@ class ErrorReason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INTERNAL = "INTERNAL"
     NON_FINITE_LOGITS = "NON_FINITE_LOGITS"
+    SETTINGS_INVALID = "SETTINGS_INVALID"
 
 
 @dataclass(frozen=True, slots=True)

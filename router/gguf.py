@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from mlx_mtp_backend.untrusted import RefusedFileError, links_may_lead, open_untrusted
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_METADATA_KEYS = 4096
@@ -24,6 +26,7 @@ MAX_STORED_BYTES = 8 * 2**20
 MAX_STORED_ITEMS = 64  # longer arrays, such as vocabularies, are passed over
 MAX_ARRAY_STRINGS = 2_000_000  # over the whole file; the largest vocabularies with merges have about 800,000
 MAX_DIMENSIONS = 4
+MAX_NUMBER = 2**32  # no size in the metadata reaches this
 
 Value = int | float | bool | str | tuple["Value", ...]
 
@@ -108,6 +111,11 @@ class GgufHeader:
         return self._integer(f"{self.architecture}.context_length") or None
 
     @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that a token of context takes in llama.cpp's caches (see `gguf_cache_bytes`)."""
+        return gguf_cache_bytes(self.metadata)
+
+    @property
     def chat_template(self) -> str:
         """The Jinja template, "" where there is none."""
         return self._text("tokenizer.chat_template")
@@ -132,15 +140,48 @@ class GgufHeader:
         return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def gguf_cache_bytes(metadata: Mapping[str, Any]) -> int | None:
+    """Bytes that a token of context takes in keys and values of 16 bits; None where the metadata does not tell.
+
+    Layers whose state does not grow with the context are left out; a sliding window counts as if it held everything.
+    """
+    architecture = metadata.get("general.architecture")
+
+    def number(key: str) -> int | None:
+        value = metadata.get(f"{architecture}.{key}")
+        return value if type(value) is int and 0 < value < MAX_NUMBER else None
+
+    layers, heads = number("block_count"), number("attention.head_count")
+    if layers is None:
+        return None
+    if interval := number("full_attention_interval"):  # the blocks of a prediction head have attention too
+        head = number("nextn_predict_layers") or 0
+        layers = (layers - head) // interval + head
+    if rank := number("attention.kv_lora_rank"):  # multi-head latent attention keeps one compressed row
+        return layers * (rank + (number("rope.dimension_count") or 0)) * 2
+    embedding, kept = number("embedding_length"), metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    size = embedding // heads if embedding and heads else None
+    key, value = number("attention.key_length") or size, number("attention.value_length") or size
+    counts = kept if isinstance(kept, tuple | list) else (kept,)
+    if key is None or value is None or not all(type(count) is int and 0 <= count < MAX_NUMBER for count in counts):
+        return None
+    pairs = sum(counts) * (1 if isinstance(kept, tuple | list) else layers)  # one number, or one for every layer
+    return pairs * (key + value) * 2
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
     """Reads the header of the file at `path`, in bounded time and memory.
 
     Raises:
-        GgufError: not a GGUF file of version 2 or 3, cut short, contradictory, or beyond the limits above.
+        GgufError: not a regular file, not a GGUF file of version 2 or 3, cut short, contradictory, beyond the limits
+            above, or a link out of the Hugging Face cache's repository that it lies in.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        return _Reader(file).header()
+    try:
+        with open_untrusted(path, links_may_lead(path)) as file:
+            return _Reader(file).header()
+    except RefusedFileError as error:
+        raise GgufError(f"it {error}") from None
 
 
 class _Reader:
@@ -166,7 +207,16 @@ class _Reader:
             raise GgufError("general.alignment is not a power of two")
         entries = self._tensor_entries(tensor_count)
         data = -(-self._position // alignment) * alignment
-        tensors = {name: self._placed(entry, data, alignment) for name, entry in entries.items()}
+        tensors: dict[str, GgufTensor] = {}
+        spans: list[tuple[int, int]] = []
+        for name, entry in entries.items():
+            tensors[name], size = self._placed(entry, data, alignment)
+            spans.append((tensors[name].offset, size))
+        end = 0
+        for begin, size in sorted(spans):
+            if size and begin < end:
+                raise GgufError("its tensors overlap")
+            end = max(end, begin + size)
         return GgufHeader(metadata, tensors, self._file_bytes)
 
     def _preamble(self) -> tuple[int, int]:
@@ -274,7 +324,8 @@ class _Reader:
             entries[name] = shape, self._scalar(_U32), self._scalar(_U64)
         return entries
 
-    def _placed(self, entry: tuple[tuple[int, ...], int, int], data: int, alignment: int) -> GgufTensor:
+    def _placed(self, entry: tuple[tuple[int, ...], int, int], data: int, alignment: int) -> tuple[GgufTensor, int]:
+        """The tensor, and its bytes; 0 bytes for a type that is not known."""
         shape, code, offset = entry
         if offset % alignment:
             raise GgufError("a tensor's offset is not aligned")
@@ -283,9 +334,10 @@ class _Reader:
         name, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
         if elements % block:
             raise GgufError("a tensor's size is not a whole number of blocks")
-        if data + offset + elements // block * block_bytes > self._file_bytes:
+        size = elements // block * block_bytes
+        if data + offset + size > self._file_bytes:
             raise GgufError("a tensor reaches beyond the end of the file")
-        return GgufTensor(shape, name, data + offset)
+        return GgufTensor(shape, name, data + offset), size
 
     # Bytes
 

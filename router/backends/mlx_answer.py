@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx_mtp_backend as engine
@@ -23,6 +24,7 @@ from router.domain import (
     RouterError,
     SpeculationMode,
     SpeculationStatistics,
+    TokenLogprob,
     Usage,
 )
 
@@ -47,6 +49,14 @@ FIELDS = {
     "top_k": "sampling.top_k",
     "top_p": "sampling.top_p",
     "min_p": "sampling.min_p",
+    "repetition_penalty": "sampling.repetition_penalty",
+    "presence_penalty": "sampling.presence_penalty",
+    "frequency_penalty": "sampling.frequency_penalty",
+    "logit_bias": "sampling.logit_bias",
+    "min_tokens": "stop.min_output_tokens",
+    "ignore_eos": "stop.ignore_end_of_generation",
+    "response_format": "response_format",
+    "logprobs": "logprobs.top_count",
     "seed": "sampling.seed",
     "depth": "speculation.depth",
     "time_limit": "time_budget",
@@ -82,7 +92,12 @@ def template_message(message: Message) -> dict[str, object]:
 
 
 def generate_params(
-    request: GenerationRequest, model: str, prompt: Prompt, context_length: int, time_left: float | None
+    request: GenerationRequest,
+    model: str,
+    prompt: Prompt,
+    context_length: int,
+    time_left: float | None,
+    wanted: engine.ResponseFormat | None,
 ) -> engine.GenerateParams:
     """The request as the engine takes it.
 
@@ -90,13 +105,29 @@ def generate_params(
         model: the name that it was loaded under.
         prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
+        wanted: the response format, see `mlx_format.prepare`.
+
+    Raises:
+        RouterError: INVALID_REQUEST for parameters that cannot go together.
     """
     sampling, stop = request.sampling, request.stop
+    if wanted is not None and stop.ignore_end_of_generation:
+        raise invalid("stop.ignore_end_of_generation", "an answer in a response format ends with the model's own token")
+    max_tokens = min(stop.max_output_tokens, context_length - len(prompt.tokens))
     return engine.GenerateParams(
         model=model,
         prompt=prompt.tokens,
-        max_tokens=min(stop.max_output_tokens, context_length - len(prompt.tokens)),
-        sampling=engine.Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+        max_tokens=max_tokens,
+        sampling=engine.Sampling(
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            tuple(sorted(sampling.logit_bias.items())),
+        ),
         seed=request.seed,
         depth=0 if request.speculation is SpeculationMode.OFF else request.draft_depth,
         boundaries=prompt.boundaries,
@@ -104,6 +135,9 @@ def generate_params(
         ignore_eos=stop.ignore_end_of_generation,
         stop_strings=stop.sequences,
         time_limit=time_left,
+        min_tokens=min(stop.min_output_tokens, max_tokens),
+        response_format=wanted,
+        logprobs=request.top_logprobs,
     )
 
 
@@ -114,14 +148,24 @@ class Answer:
         request: what was asked.
         splitter: tells thinking from answer; None where the text is all answer.
         context_cut: whether the context, not the request, bounds the answer's length.
+        token_bytes: what a token stands for; asked where the request wants log-probabilities.
     """
 
-    def __init__(self, request: GenerationRequest, splitter: ThinkSplitter | None, *, context_cut: bool) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        splitter: ThinkSplitter | None,
+        *,
+        context_cut: bool,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
         self._request = request
         self._splitter = splitter
         self._context_cut = context_cut
         self._started: engine.Started | None = None
+        self._token_bytes = token_bytes
         self._untold = 0  # tokens whose text has not come yet
+        self._logprobs: list[TokenLogprob] = []  # of these
 
     def translate(self, event: engine.Event) -> list[Event]:
         """The router's events for one of the engine's. Raises RouterError where the stream failed."""
@@ -136,6 +180,7 @@ class Answer:
 
     def _delta(self, event: engine.Delta) -> list[Event]:
         self._untold += len(event.tokens)
+        self._logprobs += [self._logprob(entry) for entry in event.logprobs]
         text, thinking = (event.text, "") if self._splitter is None else self._splitter.feed(event.text)
         return [self._piece(text, thinking)] if text or thinking else []
 
@@ -152,7 +197,12 @@ class Answer:
 
     def _piece(self, text: str, thinking: str) -> Delta:
         count, self._untold = self._untold, 0
-        return Delta(text, thinking, token_count=count)
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return Delta(text, thinking, token_count=count, logprobs=logprobs)
+
+    def _logprob(self, entry: engine.TokenLogprob) -> TokenLogprob:
+        top = tuple(TokenLogprob(token, self._token_bytes(token), value) for token, value in entry.top)
+        return TokenLogprob(entry.token, self._token_bytes(entry.token), entry.logprob, top)
 
     def _finished(self, event: engine.Finished) -> Finished:
         counts, request, started = event.statistics, self._request, self._started
@@ -215,16 +265,19 @@ def router_error(error: engine.EngineError, model: str) -> RouterError:
             message = f"model {model!r} was unloaded"
             return RouterError(ErrorReason.BACKEND_UNAVAILABLE, message, metadata=metadata, retry_after=1.0)
         case engine.ErrorReason.INVALID_PARAMS | engine.ErrorReason.PROMPT_EMPTY:
-            return _invalid(error, "the engine refuses this value")
+            return invalid(FIELDS.get(error.field or "", "prompt"), "the engine refuses this value")
         case engine.ErrorReason.TOKEN_OUT_OF_RANGE:
-            return _invalid(error, "a token is not in the model's vocabulary")
+            return invalid(FIELDS.get(error.field or "", "prompt"), "a token is not in the model's vocabulary")
+        case engine.ErrorReason.GRAMMAR_LIMIT:
+            message = "following the response format took more work than is allowed for a token"
+            return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
         case _:
             message = f"the MLX engine failed on model {model!r}"
             return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
 
 
-def _invalid(error: engine.EngineError, description: str) -> RouterError:
-    field = FIELDS.get(error.field or "", "prompt")
+def invalid(field: str, description: str) -> RouterError:
+    """An INVALID_REQUEST error that names one field."""
     return RouterError(
         ErrorReason.INVALID_REQUEST,
         f"invalid request: {field}: {description}",

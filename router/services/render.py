@@ -8,15 +8,14 @@ from typing import Any
 from google.protobuf import duration_pb2
 from mtp_router.generate import v1
 
-from router.catalog import ModelEntry
-from router.dispatch import Answer
+from router.dispatch import Answer, Look
 from router.domain import (
     BackendStatus,
     Delta,
     Finished,
     GenerationRequest,
+    HeadFacts,
     Loading,
-    ModelState,
     Progress,
     Queued,
     Route,
@@ -47,6 +46,9 @@ def route(value: Route) -> v1.Route:
         backend=value.backend,
         backend_kind=_enum(value.kind, "BACKEND_KIND_"),
         reason=value.reason,
+        fallback_cause=_enum(value.fallback_cause, "ERROR_REASON_")
+        if value.fallback_cause
+        else v1.ERROR_REASON_UNSPECIFIED,
     )
 
 
@@ -176,14 +178,14 @@ def load_progress(event: Loading) -> v1.LoadProgress:
     return v1.LoadProgress(fraction=event.fraction)
 
 
-def model(entry: ModelEntry, where: Route | None, state: ModelState, problem: str) -> v1.Model:
-    """A configured model; `where` None and `problem` for one that cannot be served."""
-    facts = entry.facts
+def model(look: Look) -> v1.Model:
+    """A configured model as it was found."""
+    entry, where, facts = look.entry, look.route, look.entry.facts
     return v1.Model(
         name=entry.name,
         aliases=entry.aliases,
         route=route(where) if where else None,
-        state=_enum(state, "MODEL_STATE_"),
+        state=_enum(look.state, "MODEL_STATE_"),
         capabilities=[
             v1.CapabilityReport(
                 capability=_enum(capability, "CAPABILITY_"),
@@ -196,7 +198,20 @@ def model(entry: ModelEntry, where: Route | None, state: ModelState, problem: st
         architecture=facts.architecture,
         quantization=facts.quantization,
         size_bytes=facts.size_bytes,
-        problem=problem,
+        problem=look.problem,
+        memory_bytes=look.memory_bytes,
+        fallbacks=entry.settings.fallbacks,
+        mtp_head=_head(facts.head) if facts.head else None,
+    )
+
+
+def _head(head: HeadFacts) -> v1.MtpHead:
+    return v1.MtpHead(
+        declared_layers=head.declared_layers,
+        present=head.present,
+        driver=head.driver,
+        place=head.place,
+        grafted=head.grafted,
     )
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,14 @@ from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.prefix import PrefixStore
 from mlx_mtp_backend.sequence import Sequence
+from mlx_mtp_backend.text import ModelText, load_text
 from tests.conformance import decode
 from tests.conformance.decode import CHUNK
 from tests.conformance.planting import planted
+from tests.conformance.test_replay import EVERYTHING, FORMATS, everything
 
-SAMPLINGS = [Sampling(0.0), Sampling(0.6, top_k=20, top_p=0.95), Sampling(1.0, min_p=0.02)]
+# The last has every logits processor on, in a response format.
+SAMPLINGS = [Sampling(0.0), Sampling(0.6, top_k=20, top_p=0.95), Sampling(1.0, min_p=0.02), EVERYTHING]
 NEW = 10
 
 
@@ -42,6 +46,9 @@ class Request:
     seed: int
     depth: int | None
 
+    def processing(self, text: ModelText) -> decode.Processing:
+        return everything(text, FORMATS["expression"]) if self.sampling is EVERYTHING else lambda _: None
+
 
 def requests() -> list[Request]:
     """Twelve that share beginnings of several chunks, among them one whose prompt comes twice."""
@@ -50,24 +57,32 @@ def requests() -> list[Request]:
     for number in range(12):
         tail = tuple((17 * i + 31 * (number % 11)) % 690 for i in range(3 + 7 * (number % 4)))
         made.append(
-            Request(shared[number % 2] + tail, SAMPLINGS[number % 3], number % 11, (0, 2, None)[number // 2 % 3])
+            Request(shared[number % 2] + tail, SAMPLINGS[number % 4], number % 11, (0, 2, None)[number // 2 % 3])
         )
     return made
 
 
 @pytest.fixture(scope="module")
-def plain(history_model: Model) -> list[list[int]]:
+def text(history: Path) -> ModelText:
+    loaded = load_text(history)
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def plain(history_model: Model, text: ModelText) -> list[list[int]]:
     """Each alone, without drafts or cache."""
     replies = []
     for one in requests():
-        (done,) = decode.generate(
-            history_model, [one.prompt], NEW, HeadDrafter(history_model), sampling=one.sampling, depth=0, seed=one.seed
-        )
+        alone = {"sampling": one.sampling, "depth": 0, "seed": one.seed, "processing": one.processing(text)}
+        (done,) = decode.generate(history_model, [one.prompt], NEW, HeadDrafter(history_model), **alone)
         replies.append(done.tokens)
     return replies
 
 
-def crowd(model: Model, batch: int, store: PrefixStore, depths: DepthController, seed: int) -> dict[int, list[int]]:
+def crowd(
+    model: Model, text: ModelText, batch: int, store: PrefixStore, depths: DepthController, seed: int
+) -> dict[int, list[int]]:
     """Serve all requests, at most `batch` at a time, prefill between rounds; some leave early.
 
     Returns:
@@ -81,7 +96,7 @@ def crowd(model: Model, batch: int, store: PrefixStore, depths: DepthController,
     while waiting or running:
         if waiting and len(running) < batch and chance.random() < 0.7:
             number, asked = waiting.pop()
-            running[number] = start(model, asked, store, depths)
+            running[number] = start(model, text, asked, store, depths)
         prefilling = [one for one in running.values() if one.prefilling]
         if prefilling:
             rounds.prefill_chunk(model, prefilling[0], CHUNK)
@@ -98,7 +113,7 @@ def crowd(model: Model, batch: int, store: PrefixStore, depths: DepthController,
     return done
 
 
-def start(model: Model, asked: Request, store: PrefixStore, depths: DepthController) -> Sequence:
+def start(model: Model, text: ModelText, asked: Request, store: PrefixStore, depths: DepthController) -> Sequence:
     one = sequence.start(
         model,
         asked.prompt,
@@ -109,15 +124,18 @@ def start(model: Model, asked: Request, store: PrefixStore, depths: DepthControl
         limit=len(asked.prompt) + NEW,
         acceptance=depths.sequence() if asked.depth is None else None,
     )
+    one.processors = asked.processing(text)(asked.prompt)
     store.adopt("m", one, CHUNK)
     return one
 
 
-def wrong_replies(model: Model, plain: list[list[int]], batch: int, budget: int, depths: DepthController) -> int:
-    """Of all replies in two crowds that share a prefix cache, how many are no beginning of their plain ones."""
+def wrong_replies(
+    model: Model, text: ModelText, plain: list[list[int]], batch: int, budget: int, depths: DepthController
+) -> int:
+    """How many replies are no beginning of their plain ones: of one crowd, or of two that share a prefix cache."""
     store, wrong = PrefixStore(budget), 0
-    for seed in range(2):
-        for number, tokens in crowd(model, batch, store, depths, seed).items():
+    for seed in range(2 if budget else 1):
+        for number, tokens in crowd(model, text, batch, store, depths, seed).items():
             wrong += tokens != plain[number][: len(tokens)]
     if budget:
         assert store.statistics.hits > 6
@@ -129,6 +147,7 @@ def wrong_replies(model: Model, plain: list[list[int]], batch: int, budget: int,
 @pytest.mark.parametrize("controller", [DepthController, lambda: Restless(7)], ids=["paced", "restless"])
 def test_joining_and_leaving_changes_no_token(
     history_model: Model,
+    text: ModelText,
     plain: list[list[int]],
     batch: int,
     budget: int,
@@ -136,9 +155,9 @@ def test_joining_and_leaving_changes_no_token(
     establish,
     request: pytest.FixtureRequest,
 ):
-    wrong = wrong_replies(history_model, plain, batch, budget, controller())
+    wrong = wrong_replies(history_model, text, plain, batch, budget, controller())
     kind = "-".join(request.node.callspec.id.split("-")[:2])
-    establish("replay", f"up to {batch} at once, requests come and go, {kind}", 24, f"{wrong} differ")
+    establish("replay", f"up to {batch} at once, requests come and go, {kind}", 24 if budget else 12, f"{wrong} differ")
     assert wrong == 0
 
 
@@ -155,10 +174,10 @@ BUGS = [
 
 
 @pytest.mark.parametrize(("bug", "module", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_a_planted_bug_is_caught(history_model: Model, plain, bug, module, old, new, caught):
+def test_a_planted_bug_is_caught(history_model: Model, text: ModelText, plain, bug, module, old, new, caught):
     with planted(module, old, new):
         try:
-            wrong = wrong_replies(history_model, plain, 3, 1 << 30, pacing.DepthController())
+            wrong = wrong_replies(history_model, text, plain, 3, 1 << 30, pacing.DepthController())
             what = f"{wrong} of 24 replies differ"
         except (AssertionError, RuntimeError, ValueError, AttributeError, TypeError) as error:
             wrong, what = 1, f"raises {type(error).__name__}"

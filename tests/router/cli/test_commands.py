@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from mtp_router.generate import v1
+from prometheus_client import start_http_server
 from support.fake_router import FakeRouter, answer, delta, endless, fail, finished, running, started
 
 from router.cli import main
+from router.domain import DraftSource, Finished, FinishReason, SpeculationStatistics, Usage
+from router.metrics import Metrics
 from router.settings import ServerSettings, Settings, effective_settings, load_settings
 
 Capture = pytest.CaptureFixture[str]
@@ -349,6 +352,8 @@ def test_models(router: FakeRouter, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "tokenizer.chat_template present" in out
     assert "no MTP head" in out
+    assert "about 476 MB once loaded" in out
+    assert "fallbacks    spare" in out
     assert "model-0" not in out
     assert main(["models", "--target", router.address, "--json"]) == 0
     assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == ["MODEL_STATE_READY"] * 5
@@ -370,6 +375,44 @@ def test_models_draws_a_table_on_a_terminal(router: FakeRouter, command: list[st
     assert status == 0
     assert "capabilities" in seen
     assert "model-4" in seen
+
+
+def test_top_shows_backends_models_and_what_the_metrics_page_tells(router: FakeRouter, capsys: Capture) -> None:
+    assert main(["top", "--target", router.address, "--once"]) == 0
+    out = capsys.readouterr().out
+    assert "local" in out
+    assert "model-4" in out
+    assert "--metrics" in out
+    metrics = Metrics()
+    drafts = SpeculationStatistics(DraftSource.MTP_HEAD, 2, 4, 3, ((2, 2), (2, 1)))
+    metrics.finished(("model-1", "local"), Finished(FinishReason.MAX_TOKENS, Usage(1, 6), drafts))
+    metrics.ended(("model-1", "local"), "ok", 1.0, 0.0, 0.0, 0.25)
+    page, thread = start_http_server(0, "127.0.0.1", metrics.registry)
+    try:
+        where = f"127.0.0.1:{page.server_port}"
+        assert main(["top", "--target", router.address, "--metrics", where]) == 0  # no terminal: one look
+    finally:
+        page.shutdown()
+        page.server_close()
+        thread.join()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "model-1" in line)
+    assert "0.250 s" in row
+    assert "75%" in row
+    assert main(["top", "--target", router.address, "--metrics", where]) == 2
+    assert "cannot read the metrics page" in capsys.readouterr().err
+
+
+def test_refresh_tells_what_is_different(router: FakeRouter, capsys: Capture) -> None:
+    assert main(["refresh", "--target", router.address]) == 0
+    assert capsys.readouterr().out == "nothing has changed\n"
+    router.refreshed = v1.RefreshModelsResponse(
+        added=["a", "b"], removed=["c"], changed=["d"], kept=["e"], needs_restart=["server"]
+    )
+    assert main(["refresh", "--target", router.address]) == 0
+    told = ["added: a, b", "removed: c", "changed: d", "in use and so left as they were: e", "take a restart: server"]
+    assert capsys.readouterr().out.splitlines() == told
+    assert main(["refresh", "--target", router.address, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == ["e"]
 
 
 def test_config_prints_toml_that_gives_the_same_settings(
@@ -416,12 +459,21 @@ def test_wrong_settings_are_status_2(
     assert err.count("\n") == 1
 
 
-def test_serve_takes_the_address_from_the_arguments(capsys: Capture) -> None:
-    from router.cli.serve import _listen_at
+def test_serve_takes_the_address_from_the_arguments(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[ServerSettings] = []
 
-    settings = Settings(server=ServerSettings(drain_grace=7.0))
-    moved = _listen_at(settings, "127.0.0.1:7")
-    assert (moved.server.listen, moved.server.drain_grace) == ("127.0.0.1:7", 7.0)
+    def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool) -> int:
+        served.extend([settings.server, load().server])
+        return 0
+
+    monkeypatch.setattr("router.server.serve", serve)
+    file = tmp_path / "router.toml"
+    file.write_text("[server]\ndrain_grace = 7.0\n")
+    assert main(["serve", "--config", str(file), "--listen", "127.0.0.1:7"]) == 0
+    moved = ServerSettings(listen="127.0.0.1:7", drain_grace=7.0)
+    assert served == [moved, moved]  # a refresh reads it the same way, and finds no change
     assert main(["serve", "--listen", "0.0.0.0:7"]) == 2
     assert "allow_remote" in capsys.readouterr().err
 

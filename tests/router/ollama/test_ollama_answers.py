@@ -229,7 +229,11 @@ async def test_a_head_is_used_only_where_ollama_shows_one(connect: Connect, doub
     assert depths == [2, None, None]
     # Ollama does not tell what came of it.
     assert end.speculation.source == v1.DRAFT_SOURCE_UNSPECIFIED
-    assert "qwen35.nextn_predict_layers = 1" in (await client.get_model("drafter")).route.reason
+    drafter = await client.get_model("drafter")
+    assert "qwen35.nextn_predict_layers = 1" in drafter.route.reason
+    assert (drafter.mtp_head.declared_layers, drafter.mtp_head.driver) == (1, "Ollama")
+    assert not drafter.mtp_head.HasField("present")  # Ollama does not tell of tensors
+    assert (await client.get_model("smol")).mtp_head.driver == ""
     assert (await refused(client, "smol", messages=HELLO, speculation="required")).reason == "CAPABILITY_UNAVAILABLE"
     assert (await refused(client, "drafter", messages=HELLO, speculation="off")).reason == "CAPABILITY_UNAVAILABLE"
     assert (await refused(client, "drafter", messages=HELLO, draft_depth=5)).reason == "CAPABILITY_UNAVAILABLE"
@@ -252,6 +256,8 @@ async def test_what_is_known_of_a_model(connect: Connect) -> None:
     assert facts[v1.CAPABILITY_COUNT_TOKENS][0] == v1.CAPABILITY_SUPPORT_UNSUPPORTED
     assert (model.name, model.architecture, model.quantization) == ("thinker", "qwen3", "Q4_1")
     assert model.context_length == 8192
+    # 30 layers x 3 heads x 64 wide x keys and values x 2 bytes, for one request and its whole context
+    assert model.memory_bytes == model.size_bytes + 8192 * 30 * 3 * 64 * 2 * 2
     listed = {item.name: item for item in [model async for model in client.list_models()]}
     assert set(listed) == {"smol", "thinker", "drafter", "plain-drafter", "small", "absent"}
     assert "ollama pull never/pulled:latest" in listed["absent"].problem
