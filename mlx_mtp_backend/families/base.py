@@ -41,7 +41,7 @@ class Hidden:
 
 
 class Model(Protocol):
-    """A loaded model. Calls build graphs and evaluate nothing; caches must be inside a transaction.
+    """A loaded model. Calls build graphs and wait for nothing, though a pass may begin; caches are in a transaction.
 
     Attributes:
         most_rows: of a decode or verify pass, beyond which it has no fast path; None: no such limit.
