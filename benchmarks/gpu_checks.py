@@ -23,6 +23,7 @@ from mtp_kernels.gated_delta import DeltaWeights  # noqa: E402
 from mtp_kernels.gated_delta.probe import case as delta_case  # noqa: E402
 from mtp_kernels.launch import platform  # noqa: E402
 from mtp_kernels.registry import Case, check  # noqa: E402
+from mtp_kernels.sampler.probe import case as sampler_case  # noqa: E402
 
 FORMATS = [(4, 64), (4, 32), (4, 128), (8, 64), (8, 32), (8, 128), (16, 0)]
 
@@ -63,6 +64,7 @@ def cases() -> list[Callable[[], Case]]:
         made.append(lambda d=dtype: delta(8, 4, d))
         made.append(lambda d=dtype: inputs(24, 4, 64, d))
         made.append(lambda d=dtype: attention_case(24, 4, d))
+        made += [lambda d=dtype, v=vocab_size: sampler_case(v, d) for vocab_size in (248_320, 50_257, 1003, 5)]
     for dtype in (mx.bfloat16, mx.float16):
         for bits, group in FORMATS:
 

@@ -70,6 +70,16 @@ def build(shape: Shape, *, head: bool = True, seed: int = 0) -> Qwen35:
     return Qwen35(text, mtp)
 
 
+def sharpen(model: Qwen35, factor: float) -> Qwen35:
+    """Multiplies the logits, which have a standard deviation of one, so that laws are as peaked as those of text."""
+    if model.text.args.tie_word_embeddings:
+        raise ValueError("the output matrix is also the embedding")
+    output = model.text.lm_head
+    output.scales, output.biases = output.scales * factor, output.biases * factor
+    mx.eval(output.parameters())
+    return model
+
+
 def weight_bytes(model: Qwen35, *, head: bool = False) -> int:
     """Bytes that one trunk step with logits must read: everything but the embedding rows it does not look up."""
     arrays = dict(tree_flatten(model.text.parameters()))

@@ -217,7 +217,7 @@ class LoadOptions:
             original checkpoint beside an MLX-quantised trunk.
         depth: drafts per round where a request does not say; None: as many as pay, found round by round from measured
             costs and acceptance (see depth.py).
-        unseeded_rule: the acceptance rule without a seed; None takes the one that accepts more in the wiring check.
+        unseeded_rule: the acceptance rule without a seed; None takes the one that promises more tokens a second.
         wiring: what a failed wiring check does.
         seed_norm, recycle_norm: which hidden seeds the head and which of its outputs it is fed again; None takes
             the family's choice.

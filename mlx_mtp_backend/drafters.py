@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp_backend import noise, sampling
+from mlx_mtp_backend import draws, noise, sampling
 from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
@@ -70,12 +70,26 @@ class HeadDrafter:
         segments = [Segment(run.sequence.head, count) for run, count in zip(runs, counts, strict=True)]
         hidden = self._model.head(tokens, carried, segments)
         ends = [end - 1 for end in itertools.accumulate(counts)]
-        logits = self._model.logits(hidden.normed[mx.array(ends)])
+        if len(ends) == tokens.shape[0]:
+            newest = hidden.normed
+        else:
+            newest = hidden.normed[-1:] if len(ends) == 1 else hidden.normed[mx.array(ends)]
+        logits = self._model.logits(newest)
         for run, end in zip(runs, ends, strict=True):
             run.carried = hidden.carried[end : end + 1]
-        for (parameters, rule), rows in grouped([(run.sequence.sampling, run.sequence.rule) for run in runs]).items():
-            own = logits if len(rows) == len(runs) else logits[mx.array(rows)]
-            _choose([runs[row] for row in rows], own, parameters, rule)
+        drawn = [draws.direct(self._model, run.sequence) and run.sequence.rule is Rule.COUPLING for run in runs]
+        kinds = [
+            None if direct else (run.sequence.sampling, run.sequence.rule)
+            for run, direct in zip(runs, drawn, strict=True)
+        ]
+        for kind, rows in grouped(kinds).items():
+            chosen, own = [runs[row] for row in rows], logits if len(rows) == len(runs) else logits[mx.array(rows)]
+            if kind is None:
+                _take(chosen, draws.draw(self._model, own, [_place(run) for run in chosen], Purpose.TARGET))
+            else:
+                _choose(chosen, own, *kind)
+        # The device begins while the host builds what follows.
+        mx.async_eval([run.tokens[-1] for run in runs])  # type: ignore[no-untyped-call]
 
 
 def grouped(kinds: list[Kind]) -> dict[Kind, list[int]]:
@@ -110,12 +124,22 @@ def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule
     ]
     law = sampling.transform(processed(logits, parts), parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
-    positions = mx.array([len(run.sequence.tokens) + len(run.tokens) for run in runs])
-    tokens = sampling.choose(law, keys, positions, draft_purpose(rule))
-    for row, run in enumerate(runs):
-        run.tokens.append(tokens[row : row + 1])
-        if rule is Rule.REJECTION:
+    positions = mx.array([_place(run)[1] for run in runs])
+    _take(runs, sampling.choose(law, keys, positions, draft_purpose(rule)))
+    if rule is Rule.REJECTION:
+        for row, run in enumerate(runs):
             run.laws.append(law.take(mx.array([row])))
+
+
+def _place(run: _Run) -> tuple[Sequence, int]:
+    """Whose the next draft is, and its absolute position."""
+    return run.sequence, len(run.sequence.tokens) + len(run.tokens)
+
+
+def _take(runs: list[_Run], tokens: mx.array) -> None:
+    """Note each run's next draft. tokens: int32 [len(runs)]."""
+    for row, run in enumerate(runs):
+        run.tokens.append(tokens if len(runs) == 1 else tokens[row : row + 1])
 
 
 # (sequence, its absolute position) -> the token plain decoding would put there.

@@ -19,6 +19,12 @@ def flags(array: mx.array) -> list[bool]:
     return [bool(value) for value in values]
 
 
+def table(array: mx.array) -> list[list[int]]:
+    """A two-dimensional integer array, row by row."""
+    values: Any = array.tolist()
+    return [[int(value) for value in row] for row in values]
+
+
 def number(array: mx.array) -> float:
     """A scalar."""
     value: Any = array.item()

@@ -56,8 +56,9 @@ class Job:
         depth = info.depth if params.depth is None else params.depth
         adaptive = depth is None
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
-        # Without drafts both rules are the same draw.
-        rule = Rule.COUPLING if params.seed is not None or depth == 0 else info.unseeded_rule
+        # Without drafts or without chance both rules are the same draw, and coupling is the cheaper one.
+        same = depth == 0 or params.sampling.greedy
+        rule = Rule.COUPLING if params.seed is not None or same else info.unseeded_rule
         limit = min(len(params.prompt) + params.max_tokens, info.context_length)
         self.resident = resident
         self.sequence = sequences.start(

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, logprobs, noise, sampling
+from mlx_mtp_backend import acceptance, cache, draws, logprobs, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
 from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
-from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.host import flags, ints, table
 from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.processors import processed
@@ -84,7 +84,7 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         primed = _prime_head(model, sequence, hidden.carried, start)
         last = end == sequence.prompt_length
         logits = model.logits(hidden.normed[-1:]) if last else None
-        law = None if logits is None else _first_law(sequence, logits)
+        token = None if logits is None else _first_token(model, sequence, logits)
     except BaseException:
         sequence.abort()
         raise
@@ -93,20 +93,29 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
     sequence.prefilled = end
     sequence.pending = [hidden.carried[-1:]] if sequence.head else []
     settled = [array for layer in sequence.caches for array in layer.arrays]
-    if logits is None or law is None:
+    if logits is None or token is None:
         evaluate([*settled, hidden.carried])
         return None
-    token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Purpose.TARGET)
-    finite = mx.all(mx.isfinite(logits), axis=-1)
+    finite = _all_finite(logits)
     told = None if sequence.logprobs is None else logprobs.measure(logits, token, sequence.logprobs)
     evaluate([*settled, token, finite, *(told.arrays if told else [])])
     return _settle(sequence, ints(token), flags(finite), told)
 
 
-def _first_law(sequence: Sequence, logits: mx.array) -> Law:
+def _first_token(model: Model, sequence: Sequence, logits: mx.array) -> mx.array:
+    position = sequence.prompt_length
+    if draws.direct(model, sequence):
+        return draws.draw(model, logits, [(sequence, position)], Purpose.TARGET)
     if sequence.processors is not None:
         logits = processed(logits, [(sequence.processors, slice(0, 1), None)])
-    return sampling.transform(logits, sequence.sampling)
+    law = sampling.transform(logits, sequence.sampling)
+    return sampling.choose(law, noise.keys([sequence.seed]), mx.array([position]), Purpose.TARGET)
+
+
+@mx.compile
+def _all_finite(logits: mx.array) -> mx.array:
+    """Of each row: bool [R]."""
+    return mx.all(mx.isfinite(logits), axis=-1)
 
 
 def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
@@ -169,12 +178,24 @@ def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> Roun
             sequence.abort()
         raise
     told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
-    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
+    said = _joined(built.rows, built.outcome.stands, built.outcome.token, built.finite)
+    evaluate([said, built.hidden.carried, *told])
     times.append(time.perf_counter())
-    read = _Read(ints(built.rows), flags(built.outcome.stands), ints(built.outcome.token), flags(built.finite))
+    read = _read(said)
     committed = [_commit(sequence, built, read, place) for place, sequence in enumerate(sequences)]
     times.append(time.perf_counter())
     return Round(committed, *(after - before for before, after in itertools.pairwise(times)))
+
+
+@mx.compile
+def _joined(rows: mx.array, stands: mx.array, token: mx.array, finite: mx.array) -> mx.array:
+    """One array, as each that the host reads is a copy of its own: int32 [4, R]."""
+    return mx.stack([rows, stands.astype(mx.int32), token, finite.astype(mx.int32)])
+
+
+def _read(said: mx.array) -> _Read:
+    rows, stands, token, finite = table(said)
+    return _Read(rows, [bool(value) for value in stands], token, [bool(value) for value in finite])
 
 
 def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) -> _Built:
@@ -183,19 +204,16 @@ def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) 
         rows.append(mx.array(sequence.tokens[-1:], mx.int32))
         if draft is not None:
             rows.append(draft.tokens)
-    segments = [
-        Segment(sequence.trunk, 1 + (draft.tokens.shape[0] if draft else 0))
-        for sequence, draft in zip(sequences, drafts, strict=True)
-    ]
+    segments = [Segment(sequence.trunk, _rows(draft)) for sequence, draft in zip(sequences, drafts, strict=True)]
     tokens = mx.concatenate(rows)
     hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
-    outcome = _judge(sequences, drafts, split_rows(segments), logits)
+    outcome = _judge(model, sequences, drafts, split_rows(segments), logits)
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
         for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
     ]
-    return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
+    return _Built(drafts, tokens, segments, hidden, outcome, _all_finite(logits), measured)
 
 
 def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
@@ -207,24 +225,31 @@ def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slic
     return logprobs.measure(logits, token, count)
 
 
-def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array) -> Outcome:
-    """Every row of the pass; sequences that sample alike are judged together."""
+def _judge(
+    model: Model, sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array
+) -> Outcome:
+    """Every row of the pass; those that the kernel draws together, of the others those that sample alike."""
+    rules = [
+        Rule.COUPLING if draft is None else sequence.rule for sequence, draft in zip(sequences, drafts, strict=True)
+    ]
     kinds = [
-        (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
-        for sequence, draft in zip(sequences, drafts, strict=True)
+        None if rule is Rule.COUPLING and draws.direct(model, sequence) else (sequence.sampling, rule)
+        for sequence, rule in zip(sequences, rules, strict=True)
     ]
     parts = [
         (one.processors, part, None if draft is None else draft.tokens)
         for one, part, draft in zip(sequences, slices, drafts, strict=True)
         if one.processors is not None
     ]
-    logits = processed(logits, parts)
+    treated = processed(logits, parts)
     groups = grouped(kinds)
     outcomes, order = [], []
-    for (parameters, rule), places in groups.items():
+    for kind, places in groups.items():
         rows = [row for place in places for row in range(slices[place].start, slices[place].stop)]
-        own = logits if len(groups) == 1 else logits[mx.array(rows)]
-        outcomes.append(_judge_alike([(sequences[place], drafts[place]) for place in places], own, parameters, rule))
+        source = logits if kind is None else treated
+        own = source if len(groups) == 1 else source[mx.array(rows)]
+        members = [(sequences[place], drafts[place]) for place in places]
+        outcomes.append(_draw(model, members, own) if kind is None else _judge_alike(members, own, *kind))
         order += rows
     if len(outcomes) == 1:
         return outcomes[0]
@@ -239,20 +264,36 @@ def _judge_alike(
     seeds: list[int] = []
     positions: list[int] = []
     drafted: list[int] = []
-    tokens: list[mx.array] = []
     laws: list[Law] = []
     for sequence, draft in members:
-        depth = 0 if draft is None else draft.tokens.shape[0]
+        depth = _rows(draft) - 1
         drafted += range(len(seeds), len(seeds) + depth)
         seeds += [sequence.seed] * (depth + 1)
         positions += range(len(sequence.tokens), len(sequence.tokens) + depth + 1)
-        tokens += [mx.array([-1], mx.int32)] if draft is None else [draft.tokens, mx.array([-1], mx.int32)]
         laws += [draft.law] if draft is not None and draft.law is not None else []
     p = sampling.transform(logits, parameters)
     q = joined(laws) if laws else None
     return acceptance.judge(
-        rule, p, q, mx.concatenate(tokens), drafted, noise.keys(seeds), mx.array(positions), logits.shape[-1]
+        rule, p, q, _drafts(members), drafted, noise.keys(seeds), mx.array(positions), logits.shape[-1]
     )
+
+
+def _draw(model: Model, members: list[tuple[Sequence, Draft | None]], logits: mx.array) -> Outcome:
+    """Coupling through the kernel."""
+    places = [(one, len(one.tokens) + row) for one, draft in members for row in range(_rows(draft))]
+    token = draws.draw(model, logits, places, Purpose.TARGET)
+    return Outcome(token == _drafts(members), token)
+
+
+def _rows(draft: Draft | None) -> int:
+    return 1 + (0 if draft is None else draft.tokens.shape[0])
+
+
+def _drafts(members: list[tuple[Sequence, Draft | None]]) -> mx.array:
+    """The draft that each row speaks for, -1 in the last row of each sequence: int32 [R]."""
+    none = mx.array([-1], mx.int32)
+    parts = [part for _, draft in members for part in ([none] if draft is None else [draft.tokens, none])]
+    return mx.concatenate(parts)
 
 
 def _commit(sequence: Sequence, built: _Built, read: _Read, place: int) -> Committed:

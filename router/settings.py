@@ -176,7 +176,7 @@ class MlxSettings(_Table):
     token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens per step; a cancel waits for one step")
     unseeded_rule: Literal["auto", "coupling", "rejection"] = Field(
-        "auto", description="how drafts are accepted without a seed; auto: what accepted more at load"
+        "auto", description="how drafts are accepted without a seed; auto: what promises more tokens a second"
     )
     prefix_cache_mib: int | None = Field(
         None, ge=0, description="MiB for prompts seen before; unset: an eighth of the memory, at most 4096; 0: none"

@@ -175,6 +175,14 @@ class Selection:
         self._choices.append(choice)
         return case.implementation(choice)
 
+    def optional(self, case: Case) -> Run | None:
+        """The checked kernel; None where the caller's own operations must do, which the registry's status tells."""
+        choice = self._registry.choose(case)
+        if choice.fell_back:
+            return None
+        self._choices.append(choice)
+        return case.implementation(choice)
+
     @property
     def failed(self) -> list[Choice]:
         """Choices that fell back."""

@@ -7,7 +7,7 @@ object, so the engine knows nothing below these calls.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,11 +41,12 @@ class Hidden:
 
 
 class Model(Protocol):
-    """A loaded model. Calls build graphs and evaluate nothing; caches must be inside a transaction.
+    """A loaded model. Calls build graphs and wait for nothing, though a pass may begin; caches are in a transaction.
 
     Attributes:
         most_rows: of a decode or verify pass, beyond which it has no fast path; None: no such limit.
         kernels: names and versions of custom kernels in use, "none" for stock operations; part of the fingerprint.
+        sampler: draws a token a row from `logits`, see mtp_kernels.sampler.sample; None: by stock operations.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class Model(Protocol):
     has_head: bool
     most_rows: int | None
     kernels: str
+    sampler: Callable[[mx.array, mx.array], mx.array] | None
 
     @property
     def weight_bytes(self) -> int:

@@ -66,6 +66,7 @@ class Qwen35:
         self.has_head = head is not None
         self.most_rows: int | None = None
         self.kernels = "none"
+        self.sampler: Callable[[mx.array, mx.array], mx.array] | None = None
 
     @property
     def weight_bytes(self) -> int:

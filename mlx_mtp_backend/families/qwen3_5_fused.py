@@ -15,6 +15,7 @@ from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.launch import platform, version_of
 from mtp_kernels.registry import Case, Registry, Run, Selection
+from mtp_kernels.sampler.probe import case as sampler_case
 
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
@@ -30,6 +31,8 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     product,
 )
 
+# Layers whose graph is built before the device is given them: it works on these while the host builds the next.
+_SPAN = 16
 MAX_SEGMENT_ROWS = 8
 MAX_PASS_ROWS = matmul_kernel.MAX_ROWS
 
@@ -57,11 +60,14 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        # On Metal it has not been timed against stock operations.
+        case = sampler_case(self.vocab_size, self._dtype)
+        self.sampler = selection.optional(case) if platform() != "metal" else None
         self.most_rows = MAX_PASS_ROWS
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = not selection.failed
-        self._compiled: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[str | int, tuple[int, ...]], Callable[..., Any]] = {}
 
     @property
     def falls_back(self) -> bool:
@@ -82,8 +88,16 @@ class FusedQwen35(Qwen35):
     def trunk(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
         if not _few(segments):
             return self._many_rows(tokens, segments)
-        before, normed = self._pass("trunk", self._trunk_rows, segments, tokens)
-        return Hidden(normed, normed if self.seed_norm is Norm.POST else before)
+        rows = tuple(segment.rows for segment in segments)
+        states = [pass_states(segment) for segment in segments]
+        x = tokens
+        for first in range(0, len(self.layers), _SPAN):
+            run = self._compiled_pass(first, partial(self._span, first), rows)
+            x, after = run([own[first : first + _SPAN] for own in states], x)
+            _take(segments, first, after)
+            mx.async_eval(x)  # type: ignore[no-untyped-call]
+        normed = self.text.model.norm(x)
+        return Hidden(normed, normed if self.seed_norm is Norm.POST else x)
 
     def _many_rows(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
         """Prefill: stock operations, but for the recurrence, which off Metal they run row by row.
@@ -109,7 +123,12 @@ class FusedQwen35(Qwen35):
         if not _few(segments):
             _settle(segments)
             return super().head(tokens, carried, segments)
-        before, normed = self._pass("head", self._head_rows, segments, tokens, carried)
+        rows = tuple(segment.rows for segment in segments)
+        states = [pass_states(segment) for segment in segments]
+        # Every mixture of accepted drafts is a pass of its own; compiling each would take longer than the pass.
+        run = self._compiled_pass("head", self._head_rows, rows) if len(rows) == 1 else partial(self._head_rows, rows)
+        before, normed, after = run(states, tokens, carried)
+        _take(segments, 0, after)
         return Hidden(normed, normed if self.recycle_norm is Norm.POST else before)
 
     def logits(self, normed: mx.array) -> mx.array:
@@ -117,10 +136,11 @@ class FusedQwen35(Qwen35):
             return super().logits(normed)
         return self._output(normed)
 
-    def _trunk_rows(self, rows: tuple[int, ...], states: list[list[Arrays]], tokens: mx.array) -> Any:
-        x = self.text.model.embed_tokens(tokens)
-        x, after = _through(self.layers, x, states, rows)
-        return x, self.text.model.norm(x), after
+    def _span(self, first: int, rows: tuple[int, ...], states: list[list[Arrays]], x: mx.array) -> Any:
+        """Some layers over rows, or over tokens for the first of them."""
+        if first == 0:
+            x = self.text.model.embed_tokens(x)
+        return _through(self.layers[first : first + _SPAN], x, states, rows)
 
     def _head_rows(self, rows: tuple[int, ...], states: list[list[Arrays]], tokens: mx.array, carried: mx.array) -> Any:
         assert self.mtp is not None
@@ -129,21 +149,12 @@ class FusedQwen35(Qwen35):
         x, after = _through(self._head_layers, x, states, rows)
         return x, self.mtp.norm(x), after
 
-    def _pass(
-        self, name: str, build: Callable[..., Any], segments: Sequence[Segment], *inputs: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Runs a compiled pass on the segments' caches: its rows before and after the final norm."""
-        rows = tuple(segment.rows for segment in segments)
+    def _compiled_pass(self, name: str | int, build: Callable[..., Any], rows: tuple[int, ...]) -> Callable[..., Any]:
+        """The function of states and inputs for segments of these many rows."""
         if (name, rows) not in self._compiled:
             whole = partial(build, rows)
             self._compiled[name, rows] = mx.compile(whole) if self._compilable else whole
-        states = [pass_states(segment) for segment in segments]
-        before, normed, after = self._compiled[name, rows](states, *inputs)
-        for index, segment in enumerate(segments):
-            for cache, layer in zip(segment.caches, after, strict=True):
-                assert isinstance(cache, FusedDeltaCache | FusedKVCache)
-                cache.take(layer[index], segment.rows)
-        return before, normed
+        return self._compiled[name, rows]
 
 
 def fused_layers(stock: Qwen35, selection: Selection) -> Generator[float, None, list[FusedDelta | FusedAttention]]:
@@ -235,6 +246,14 @@ def _through(
         x, changed = layer(x, [segment[index] for segment in states], parts)
         after.append(changed)
     return x, after
+
+
+def _take(segments: Sequence[Segment], first: int, after: list[list[Arrays]]) -> None:
+    """Gives caches, from layer `first` on, what a pass left: [layer][segment]."""
+    for index, segment in enumerate(segments):
+        for cache, layer in zip(segment.caches[first : first + len(after)], after, strict=True):
+            assert isinstance(cache, FusedDeltaCache | FusedKVCache)
+            cache.take(layer[index], segment.rows)
 
 
 def pass_states(segment: Segment) -> list[Arrays]:

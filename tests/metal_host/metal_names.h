@@ -86,6 +86,8 @@ ALWAYS float max(float a, float b) { return __builtin_fmaxf(a, b); }
 ALWAYS int min(int a, int b) { return a < b ? a : b; }
 ALWAYS int max(int a, int b) { return a > b ? a : b; }
 ALWAYS uint min(uint a, uint b) { return a < b ? a : b; }
+ALWAYS float ceil(float x) { return __builtin_ceilf(x); }
+ALWAYS uint mulhi(uint a, uint b) { return uint((unsigned long)a * b >> 32); }
 ALWAYS uint max(uint a, uint b) { return a > b ? a : b; }
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };

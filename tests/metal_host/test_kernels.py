@@ -13,7 +13,7 @@ from mtp_kernels.few_row_matmul.variants import CANDIDATES, Variant
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import Case, check, relative_error
 
-from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix
+from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix, sampler_case
 from tests.metal_host.host import Host
 
 BF16, F16 = mx.bfloat16, mx.float16
@@ -37,6 +37,8 @@ CASES = {
     "inputs-all-rotate": (lambda: inputs(4, 1, 256, F16), (1,)),
     "attention": (lambda: attention_case(6, 2, BF16), (1, 3, 5)),
     "attention-half": (lambda: attention_case(8, 1, F16), (1,)),
+    "sampler": (lambda: sampler_case(301, BF16), (1, 3)),
+    "sampler-half-few-tokens": (lambda: sampler_case(5, F16), (1,)),
 }
 for _bits, _group, _dtype in [
     *((4, 32, F16), (4, 64, BF16), (4, 64, F16), (4, 128, BF16)),

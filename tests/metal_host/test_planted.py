@@ -11,7 +11,7 @@ from mtp_kernels.few_row_matmul import few_row_matmul
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import Case, check
 
-from benchmarks.gpu_checks import attention_case, delta, inputs, matrix
+from benchmarks.gpu_checks import attention_case, delta, inputs, matrix, sampler_case
 from tests.metal_host.host import Host
 from tests.metal_host.test_kernels import BF16, TOLERANCE, matmul
 
@@ -41,6 +41,10 @@ def attention_inputs() -> Case:
 
 def attention() -> Case:
     return attention_case(6, 2, BF16)
+
+
+def sampler() -> Case:
+    return sampler_case(301, BF16)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,15 @@ BUGS = [
     Bug("row stored past the last", attention, "if (first + m >= rows) return;", "", "race|out of bounds", (5,)),
     Bug("divergent shuffle", attention, "float score = Join<16,", "if (lane > 30) return; float score = Join<16,",
         "diverges"),
+    Bug("missing barrier", sampler, f"masses[simdgroup] = own.mass;\n  }}\n  {BARRIER}",
+        "masses[simdgroup] = own.mass;\n  }", RACE),
+    Bug("off by one", sampler, "int fit = top_k - above.tokens;", "int fit = top_k - above.tokens - 1;", "differs"),
+    Bug("off by one", sampler, ".tokens < keep)", ".tokens <= keep)", "differs"),
+    Bug("wrong lane", sampler, "simd_shuffle_xor(winner, d)", "simd_shuffle_xor(winner, ushort(d ^ 1))", "differs"),
+    Bug("wrong word of the noise", sampler, "return c[token % 4];", "return c[token % 2];", "differs"),
+    Bug("mass at the wrong border", sampler, "above.mass + float(fit) * each", "above.mass", "differs"),
+    Bug("least share ignored", sampler, " || !(value >= least)", "", "differs"),
+    Bug("temperature too early", sampler, "(value - top) / temperature", "value - top", "differs"),
 ]  # fmt: skip
 
 
