@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+from mtp_kernels.few_row_matmul import counters
 from mtp_kernels.gated_delta import DeltaState
 
 from benchmarks.gpu_rounds import Prefilled
@@ -33,9 +34,9 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
 
     def products(x: mx.array, pick: Callable[[FusedDelta | FusedAttention], Product]) -> mx.array:
         """A chain of one product a layer, tied by one column: what that adds is one small copy a layer."""
-        for layer in model.layers:
+        for layer, work in zip(model.layers, counters(len(model.layers)), strict=True):
             product = pick(layer)
-            x = product(mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs))))
+            x = product(mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs))), work)
         return x
 
     def recurrence(x: mx.array) -> mx.array:

@@ -28,6 +28,9 @@ from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache
 # What a layer's cache gives a pass and takes back from it.
 Arrays = list[mx.array]
 
+PRODUCTS = 4
+"""Few-row products of a layer, each of which takes one counter of a pass."""
+
 
 class Unsupported(Exception):
     """This model cannot run through the kernels; the text says why."""
@@ -58,8 +61,9 @@ class Product:
     eps: float = 1e-6
     swiglu: bool = False
 
-    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        return self.run(x, self.matrices, norm_weight=self.norm, eps=self.eps, residual=residual, swiglu=self.swiglu)
+    def __call__(self, x: mx.array, work: mx.array | None = None, residual: mx.array | None = None) -> mx.array:
+        fused = {"norm_weight": self.norm, "eps": self.eps, "residual": residual, "swiglu": self.swiglu}
+        return self.run(x, self.matrices, **fused, work=work)
 
 
 def product(
@@ -98,8 +102,8 @@ class FusedMLP:
         )
         self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.leave(self.enter(x), residual=x)
+    def __call__(self, x: mx.array, work: Sequence[mx.array]) -> mx.array:
+        return self.leave(self.enter(x, work[0]), work[1], residual=x)
 
 
 class FusedDelta:
@@ -127,8 +131,10 @@ class FusedDelta:
         self.leave = product(selection, [net.out_proj], dtype, residual=True)
         self.mlp = FusedMLP(layer, dtype, selection)
 
-    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x)
+    def __call__(
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: Sequence[mx.array]
+    ) -> tuple[mx.array, list[Arrays]]:
+        projected = self.enter(x, work[0])
         outputs, after = [], []
         for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
             fresh = projected if len(parts) == 1 else projected[part]
@@ -136,7 +142,7 @@ class FusedDelta:
             y, recurrent, window = self.run(fresh, state, keep, self.weights)
             outputs.append(y)
             after.append([recurrent, window, fresh])
-        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+        return self.mlp(self.leave(_joined(outputs), work[1], residual=x), work[2:]), after
 
     def many_rows(
         self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
@@ -180,15 +186,17 @@ class FusedAttention:
         self.leave = product(selection, [net.o_proj], dtype, residual=True)
         self.mlp = FusedMLP(layer, dtype, selection)
 
-    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x)
+    def __call__(
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: Sequence[mx.array]
+    ) -> tuple[mx.array, list[Arrays]]:
+        projected = self.enter(x, work[0])
         outputs, after = [], []
         for (keys, values, tail, position), part in zip(states, parts, strict=True):
             own = projected if len(parts) == 1 else projected[part]
             queries, tail = self.prepare(own, tail, position, self.shape)
             outputs.append(self.attend(queries, keys, values, tail, position, own))
             after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+        return self.mlp(self.leave(_joined(outputs), work[1], residual=x), work[2:]), after
 
 
 def _joined(parts: list[mx.array]) -> mx.array:
