@@ -156,7 +156,7 @@ def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
 
 
 def constant(kernel: str, name: str) -> int:
-    match = re.search(rf"constexpr int {name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
+    match = re.search(rf"constexpr int (?:\w+ = \d+, )?{name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
     assert match, f"{kernel} has no {name}"
     return int(match[1])
 
@@ -171,6 +171,7 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
     assert constant("few_row_attention", "kSplit") == few_row_attention._SPLIT
     assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
+    assert constant("few_row_attention", "kNodes") * few_row_attention.HEAD_DIM == few_row_attention._JOIN_THREADS
     assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
 
 
