@@ -9,7 +9,7 @@ EXTRAS ?= [cpu,openblas]
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance lint protos clean
+.PHONY: help setup demo serve test conformance metal-host scheduler lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -31,11 +31,17 @@ demo: setup  ## fold a storm of 41 alerts into one incident summary
 serve: setup  ## start the service; Ctrl-C drains it
 	$(BIN)/mtp-router serve
 
-test: setup  ## run every test
-	$(BIN)/python -m pytest
+test: setup  ## run every test, on every core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
+
+scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
+	$(BIN)/python -m benchmarks.scheduler
+
+metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
+	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .

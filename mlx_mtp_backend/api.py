@@ -13,6 +13,10 @@ MAX_DEPTH = 16
 MAX_TOP_K = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BOUNDARIES = 16
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_RULE_BYTES = 64 * 1024
 
 
 class Rule(enum.StrEnum):
@@ -48,13 +52,20 @@ def _require(ok: bool, field_name: str, wants: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampler's parameters, applied as top-k, top-p, min-p, temperature; ties fall to the lowest id.
+    """The sampler's parameters, applied as bias, penalties, response format, top-k, top-p, min-p, temperature.
+
+    Ties fall to the lowest id. Penalties look at every token before the row's own: prompt, reply and the drafts that
+    the row follows.
 
     Attributes:
         temperature: 0 is greedy; at most 100.
         top_k: keep this many tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
         min_p: drop tokens below this share of the likeliest one's probability; 0 keeps all.
+        repetition_penalty: divides positive and multiplies other logits of tokens that came before; 1 is off.
+        presence_penalty: taken once from the logit of every token that came before; 0 is off.
+        frequency_penalty: taken from a token's logit for each time that it came before; 0 is off.
+        logit_bias: (token, what is added to its logit), each token once.
 
     Raises:
         EngineError: INVALID_PARAMS, naming the field.
@@ -64,16 +75,60 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
         _require(0 <= self.top_k <= MAX_TOP_K, "top_k", f"in [0, {MAX_TOP_K}]")
         _require(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         _require(math.isfinite(self.min_p) and 0 <= self.min_p < 1, "min_p", "in [0, 1)")
+        _require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "in [0.01, 100]")
+        _require(-100 <= self.presence_penalty <= 100, "presence_penalty", "in [-100, 100]")
+        _require(-100 <= self.frequency_penalty <= 100, "frequency_penalty", "in [-100, 100]")
+        _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens")
+        _require(all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias", "in [-100, 100] for each token")
+        _require(len({token for token, _ in self.logit_bias}) == len(self.logit_bias), "logit_bias", "one per token")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+class FormatKind(enum.StrEnum):
+    """The notation of a response format's rule."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # of the Rust crate of that name, without look-around; matches the whole reply
+    LARK = "lark"  # llguidance's dialect of Lark; the rule `start` is the whole reply
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """What the whole reply must look like.
+
+    Attributes:
+        rule: the schema (as JSON), expression or grammar.
+        after: the format binds what follows the first such token, and the reply cannot end before it: for models that
+            are made to think first. None binds the reply from its beginning.
+
+    Raises:
+        EngineError: INVALID_PARAMS, naming the field.
+    """
+
+    kind: FormatKind
+    rule: str
+    after: int | None = None
+
+    def __post_init__(self) -> None:
+        size_ok = 0 < len(self.rule.encode("utf-8", "replace")) <= MAX_RULE_BYTES
+        _require(size_ok, "response_format", f"1 to {MAX_RULE_BYTES} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +142,16 @@ class GenerateParams:
         sampling: see Sampling.
         seed: 0 <= seed < 2**64; None draws one, which Started reports.
         depth: drafts per round; 0 decodes plainly, None takes the model's default.
+        boundaries: lengths of the prompt up to which later prompts are likely to share it, such as the end of the
+            system message; the prefix cache keeps what it needs to start there.
         stop_tokens: ids that end the reply (not emitted), besides the model's own end-of-sequence ids.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
         stop_strings: texts that end the reply; neither they nor a beginning of them is emitted.
         time_limit: seconds from submission; the tokens by then are the reply. None for no limit.
+        min_tokens: new tokens before a token that ends the reply can be drawn, except where the response format allows
+            nothing else. A stop string ends the reply all the same.
+        response_format: what the reply must look like; None for free text.
+        logprobs: log-probabilities with each token and this many of the likeliest in its place; None for none.
 
     Raises:
         EngineError: INVALID_PARAMS or PROMPT_EMPTY, naming the field.
@@ -102,10 +163,14 @@ class GenerateParams:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     depth: int | None = None
+    boundaries: tuple[int, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
     ignore_eos: bool = False
     stop_strings: tuple[str, ...] = ()
     time_limit: float | None = None
+    min_tokens: int = 0
+    response_format: ResponseFormat | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -113,11 +178,19 @@ class GenerateParams:
         _require(self.max_tokens >= 1, "max_tokens", "at least 1")
         _require(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "in [0, 2**64)")
         _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        marks = self.boundaries
+        in_prompt = len(marks) <= MAX_BOUNDARIES and all(0 <= mark <= len(self.prompt) for mark in marks)
+        _require(in_prompt, "boundaries", f"at most {MAX_BOUNDARIES} lengths of the prompt")
         _require(len(self.stop_strings) <= MAX_STOPS, "stop_strings", f"at most {MAX_STOPS}")
         lengths_ok = all(1 <= len(text) <= MAX_STOP_LENGTH for text in self.stop_strings)
         _require(lengths_ok, "stop_strings", f"1 to {MAX_STOP_LENGTH} characters each")
         limit = self.time_limit
         _require(limit is None or (math.isfinite(limit) and limit > 0), "time_limit", "a positive number of seconds")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "in [0, max_tokens]")
+        count_ok = self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS
+        _require(count_ok, "logprobs", f"in [0, {MAX_TOP_LOGPROBS}]")
+        format_ends = self.response_format is None or not self.ignore_eos
+        _require(format_ends, "ignore_eos", "off with a response format, whose end is the model's")
 
 
 class WiringPolicy(enum.StrEnum):
@@ -142,7 +215,8 @@ class LoadOptions:
     Attributes:
         head_path: where the head's tensors lie when not in the checkpoint itself: a file, or the folder of the
             original checkpoint beside an MLX-quantised trunk.
-        depth: drafts per round where a request does not say.
+        depth: drafts per round where a request does not say; None: as many as pay, found round by round from measured
+            costs and acceptance (see depth.py).
         unseeded_rule: the acceptance rule without a seed; None takes the one that accepts more in the wiring check.
         wiring: what a failed wiring check does.
         seed_norm, recycle_norm: which hidden seeds the head and which of its outputs it is fed again; None takes
@@ -151,7 +225,7 @@ class LoadOptions:
     """
 
     head_path: Path | None = None
-    depth: int = 3
+    depth: int | None = None
     unseeded_rule: Rule | None = None
     wiring: WiringPolicy = WiringPolicy.WARN
     seed_norm: Norm | None = None
@@ -159,7 +233,7 @@ class LoadOptions:
     prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
-        _require(0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
+        _require(self.depth is None or 0 <= self.depth <= MAX_DEPTH, "depth", f"in [0, {MAX_DEPTH}]")
         _require(16 <= self.prefill_chunk <= 8192, "prefill_chunk", "in [16, 8192]")
 
 
@@ -176,6 +250,9 @@ class EngineOptions:
         stream_buffer: tokens that wait unread before a stream is paused.
         slow_reader_limit: seconds a stream may stay paused before it is cut.
         kernel_checks: JSON file that keeps what the kernels' checks found on this device; None checks at every start.
+        depth_memory: JSON file that keeps what rounds cost and how drafts fared, by model and numerics fingerprint;
+            None measures after every load.
+        prefix_cache_bytes: memory for prompts that were seen before; None: an eighth of the machine's, at most 4 GiB.
     """
 
     device: str | None = None
@@ -185,6 +262,8 @@ class EngineOptions:
     stream_buffer: int = 1024
     slow_reader_limit: float = 30.0
     kernel_checks: Path | None = None
+    depth_memory: Path | None = None
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.device in (None, "cpu", "gpu"), "device", "cpu, gpu or None")
@@ -192,6 +271,8 @@ class EngineOptions:
         _require(self.max_waiting >= 0, "max_waiting", "at least 0")
         _require(self.stream_buffer >= 1, "stream_buffer", "at least 1")
         _require(self.slow_reader_limit > 0, "slow_reader_limit", "positive")
+        budget = self.prefix_cache_bytes
+        _require(budget is None or budget >= 0, "prefix_cache_bytes", "at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +282,8 @@ class Started:
     Attributes:
         seed: the effective seed.
         rule: the acceptance rule in force.
-        depth: drafts per round.
+        depth: drafts per round; None where it is chosen round by round.
+        cached_tokens: tokens of the prompt that the prefix cache holds.
         replay, replay_reason: what a repetition will give, and why not EXACT when it is not.
         fingerprint: what the bits depend on besides model files, prompt, parameters and seed.
     """
@@ -209,19 +291,34 @@ class Started:
     prompt_tokens: int
     seed: int
     rule: Rule
-    depth: int
+    depth: int | None
+    cached_tokens: int
     replay: Replay
     replay_reason: str
     fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the model's own law, before bias, penalties, format and sampler.
+
+    Attributes:
+        top: (token, logprob) of the likeliest in its place, likeliest first, ties by lowest id.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New output. `text` is empty while a character or a possible stop string is incomplete, or where the model has
-    no tokenizer; the texts of all deltas, joined, are the reply."""
+    no tokenizer; the texts of all deltas, joined, are the reply. `logprobs` has one entry per token if asked for."""
 
     tokens: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +327,12 @@ class Statistics:
 
     Attributes:
         rounds: verify passes.
+        depths: rounds by the number of drafts, from 0 on.
         drafted, accepted: per draft position, 0-based; a position counts as drafted when it was verified.
-        seconds_*: wall time: queue (submit to start), prefill, decode.
+        cached_tokens: of the prompt, not run again.
+        seconds_queued, seconds_prefill, seconds_decode: wall time; queued is from submission to start.
+        seconds_draft, seconds_verify, seconds_commit: of the rounds it took part in, whoever else did: building the
+            drafts; building the verify pass and computing both; taking over the outcome.
     """
 
     prompt_tokens: int
@@ -242,6 +343,11 @@ class Statistics:
     seconds_queued: float
     seconds_prefill: float
     seconds_decode: float
+    depths: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    seconds_draft: float = 0.0
+    seconds_verify: float = 0.0
+    seconds_commit: float = 0.0
 
     @property
     def tokens_per_round(self) -> float:

@@ -1,6 +1,8 @@
-"""Which fast device MLX has here."""
+"""Which fast device MLX has here, and how much memory."""
 
 from __future__ import annotations
+
+import os
 
 
 def accelerator() -> str | None:
@@ -15,3 +17,14 @@ def accelerator() -> str | None:
     if mx.cuda.is_available():
         return "CUDA"
     return None
+
+
+def memory_bytes() -> int:
+    """Memory of MLX's default device, or of the machine where it does not tell. Imports MLX."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    for key in ("memory_size", "total_memory"):
+        if isinstance(size := info.get(key), int):
+            return size
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,6 +14,7 @@ from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law
 from mlx_mtp_backend.sequence import Sequence
 
@@ -89,10 +90,10 @@ class _Run:
     """One sequence's drafts in the making; `carried` is what the head takes next, [rows, hidden size]."""
 
     def __init__(self, sequence: Sequence) -> None:
-        if sequence.pending is None:
+        if not sequence.pending:
             raise ValueError("a sequence that drafts keeps its hiddens")
         self.sequence = sequence
-        self.carried = sequence.pending
+        self.carried = mx.concatenate(sequence.pending) if len(sequence.pending) > 1 else sequence.pending[0]
         self.tokens: list[mx.array] = []
         self.laws: list[Law] = []
 
@@ -102,7 +103,12 @@ class _Run:
 
 def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> None:
     """The next draft of sequences that sample alike. logits: [len(runs), vocab size]."""
-    law = sampling.transform(logits, parameters, exact=False)
+    parts = [
+        (run.sequence.processors, slice(row, row + 1), mx.concatenate(run.tokens) if run.tokens else None)
+        for row, run in enumerate(runs)
+        if run.sequence.processors is not None
+    ]
+    law = sampling.transform(processed(logits, parts), parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
     positions = mx.array([len(run.sequence.tokens) + len(run.tokens) for run in runs])
     tokens = sampling.choose(law, keys, positions, draft_purpose(rule))

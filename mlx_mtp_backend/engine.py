@@ -15,6 +15,7 @@ from typing import Any
 from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import EngineOptions, GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.grammar import Grammar
 from mlx_mtp_backend.mailbox import Board, Close, Inbox, Load, Submit, Unload, Wake
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream
@@ -91,7 +92,8 @@ class Engine:
         return result
 
     def unload(self, name: str) -> Future[None]:
-        """Drop a model; the future holds MODEL_IN_USE while streams need it, MODEL_NOT_LOADED if there is none."""
+        """Drop a model, or give its load up. The future holds MODEL_IN_USE while streams need it, and MODEL_NOT_LOADED
+        if there is none, or was none yet."""
         result: Future[None] = _uncancellable()
         with self._board.lock:
             self._require_open()
@@ -109,7 +111,7 @@ class Engine:
             return EngineStatus(tuple(self._board.models), tuple(sorted(self._board.loading)), active, waiting)
 
     def submit(self, params: GenerateParams, on_ready: Callable[[], None] | None = None) -> Stream:
-        """Queue a request.
+        """Queue a request. A response format is compiled first, on the caller's thread (see ModelText.compile).
 
         Args:
             on_ready: called on the MLX thread when events begin to wait; must only wake the reader.
@@ -118,19 +120,20 @@ class Engine:
             EngineError: MODEL_NOT_LOADED, PROMPT_TOO_LONG, TOKEN_OUT_OF_RANGE, HEAD_MISSING, INVALID_PARAMS,
                 QUEUE_FULL or ENGINE_CLOSED.
         """
-        self._check(params)
+        grammar = self._check(params)
         stream = Stream(self._options.stream_buffer, on_ready, lambda: self._inbox.put(Wake()))
         self._board.admit()
         with self._board.lock:
             closed = self._board.closed
             if not closed:
-                self._inbox.put(Submit(params, stream, time.monotonic()))
+                self._inbox.put(Submit(params, stream, time.monotonic(), grammar))
         if closed:
             self._board.release()
             raise EngineError(ErrorReason.ENGINE_CLOSED, "the engine is closed")
         return stream
 
-    def _check(self, params: GenerateParams) -> None:
+    def _check(self, params: GenerateParams) -> Grammar | None:
+        """Everything that can be refused before prefill; the response format, compiled."""
         with self._board.lock:
             self._require_open()
             model = self._board.models.get(params.model)
@@ -140,14 +143,22 @@ class Engine:
         if length >= model.context_length:
             detail = f"the prompt has {length} tokens, the context holds {model.context_length}"
             raise EngineError(ErrorReason.PROMPT_TOO_LONG, detail, field="prompt")
-        if not all(0 <= token < model.vocab_size for token in params.prompt):
-            detail = f"a token is outside [0, {model.vocab_size})"
-            raise EngineError(ErrorReason.TOKEN_OUT_OF_RANGE, detail, field="prompt")
+        biased = [token for token, _ in params.sampling.logit_bias]
+        for field, tokens in (("prompt", params.prompt), ("stop_tokens", params.stop_tokens), ("logit_bias", biased)):
+            if not all(0 <= token < model.vocab_size for token in tokens):
+                detail = f"a token is outside [0, {model.vocab_size})"
+                raise EngineError(ErrorReason.TOKEN_OUT_OF_RANGE, detail, field=field)
         if params.depth and not model.has_head:
             raise EngineError(ErrorReason.HEAD_MISSING, f"{params.model!r} has no head to draft with", field="depth")
         if params.stop_strings and model.text is None:
             detail = f"{params.model!r} has no tokenizer to find stop strings with"
             raise EngineError(ErrorReason.INVALID_PARAMS, detail, field="stop_strings")
+        if params.response_format is None:
+            return None
+        if model.text is None:
+            detail = f"{params.model!r} has no tokenizer to follow a response format with"
+            raise EngineError(ErrorReason.INVALID_PARAMS, detail, field="response_format")
+        return model.text.compile(params.response_format)
 
     def close(self) -> None:
         """End every stream with ENGINE_CLOSED and stop the thread; waits for it. Safe to call again."""

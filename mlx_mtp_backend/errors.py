@@ -23,6 +23,7 @@ class ErrorReason(enum.StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     TOKEN_OUT_OF_RANGE = "token_out_of_range"
     QUEUE_FULL = "queue_full"  # too many streams wait already
+    GRAMMAR_LIMIT = "grammar_limit"  # following the response format took more than the limits allow
     NON_FINITE_LOGITS = "non_finite_logits"
     BUILD_FAILURE = "build_failure"  # a round could not be built, not even alone and without drafts
     DEVICE_FAILURE = "device_failure"  # the device reported a failed evaluation

@@ -7,9 +7,23 @@ import time
 from dataclasses import dataclass, field
 
 from mlx_mtp_backend import sequence as sequences
-from mlx_mtp_backend.api import Delta, Finished, FinishReason, GenerateParams, Replay, Rule, Started, Statistics
+from mlx_mtp_backend.api import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateParams,
+    Replay,
+    Rule,
+    Started,
+    Statistics,
+    TokenLogprob,
+)
 from mlx_mtp_backend.errors import EngineError
+from mlx_mtp_backend.grammar import Grammar
 from mlx_mtp_backend.loading import Resident
+from mlx_mtp_backend.prefix import PrefixStore
+from mlx_mtp_backend.processors import processors_of
+from mlx_mtp_backend.rounds import Round
 from mlx_mtp_backend.sequence import Sequence
 from mlx_mtp_backend.stream import Stream
 from mlx_mtp_backend.text import GrowingText, StopScanner
@@ -22,6 +36,7 @@ class Job:
     params: GenerateParams
     stream: Stream
     submitted: float
+    grammar: Grammar | None = None
     resident: Resident | None = None
     sequence: Sequence | None = None
     growing: GrowingText | None = None
@@ -30,36 +45,61 @@ class Job:
     emitted: int = 0
     started: float | None = None
     prefilled: float | None = None
+    seconds_draft: float = 0.0
+    seconds_verify: float = 0.0
+    seconds_commit: float = 0.0
     paused: float | None = None
 
-    def start(self, resident: Resident) -> None:
-        """Leave the queue: make the sequence and say what the reply can promise."""
+    def start(self, resident: Resident, prefixes: PrefixStore) -> None:
+        """Leave the queue: make the sequence, with what is cached of its prompt, and say what the reply can promise."""
         params, info = self.params, resident.info
         depth = info.depth if params.depth is None else params.depth
+        adaptive = depth is None
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         # Without drafts both rules are the same draw.
         rule = Rule.COUPLING if params.seed is not None or depth == 0 else info.unseeded_rule
         limit = min(len(params.prompt) + params.max_tokens, info.context_length)
         self.resident = resident
         self.sequence = sequences.start(
-            resident.model, params.prompt, sampling=params.sampling, seed=seed, rule=rule, depth=depth, limit=limit
+            resident.model,
+            params.prompt,
+            sampling=params.sampling,
+            seed=seed,
+            rule=rule,
+            depth=depth or 0,
+            limit=limit,
+            acceptance=resident.depths.sequence() if adaptive else None,
+            boundaries=params.boundaries,
         )
+        prefixes.adopt(info.name, self.sequence, resident.options.prefill_chunk)
         if info.text is not None:
             self.growing = info.text.growing()
             self.scanner = StopScanner(params.stop_strings)
         own_ends = info.text.end_tokens if info.text is not None and not params.ignore_eos else frozenset()
         self.stop_tokens = params.stop_tokens | own_ends
+        self.sequence.processors = processors_of(params, self.stop_tokens, self.grammar)
+        self.sequence.logprobs = params.logprobs
         self.started = time.monotonic()
         replay, reason = self._replay(rule, resident)
-        self.stream.put(Started(len(params.prompt), seed, rule, depth, replay, reason, info.fingerprint))
+        cached = self.sequence.cached
+        self.stream.put(Started(len(params.prompt), seed, rule, depth, cached, replay, reason, info.fingerprint))
 
     def _replay(self, rule: Rule, resident: Resident) -> tuple[Replay, str]:
         if rule is Rule.REJECTION and not self.params.sampling.greedy:
             return Replay.NONE, "under rejection the tokens depend on the drafts; give a seed for coupling"
         return resident.info.replay, resident.info.replay_reason
 
-    def emit(self, tokens: list[int]) -> bool:
+    def timed(self, done: Round) -> None:
+        """Count the time of a round that the sequence took part in."""
+        self.seconds_draft += done.seconds_draft
+        self.seconds_verify += done.seconds_verify
+        self.seconds_commit += done.seconds_commit
+
+    def emit(self, tokens: list[int], logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Pass on newly committed tokens, up to whatever ends the reply.
+
+        Args:
+            logprobs: one per token, or none at all.
 
         Returns:
             whether it ended.
@@ -83,7 +123,7 @@ class Job:
             whole = self.emitted >= self.params.max_tokens
             reason = FinishReason.MAX_TOKENS if whole else FinishReason.CONTEXT_LIMIT
         if kept or text:
-            self.stream.put(Delta(tuple(kept), text))
+            self.stream.put(Delta(tuple(kept), text, logprobs[: len(kept)]))
         if reason is not None:
             self.finish(reason, stop=stop)
         return reason is not None
@@ -111,6 +151,11 @@ class Job:
             seconds_queued=started - self.submitted,
             seconds_prefill=max(0.0, prefilled - started) if self.started else 0.0,
             seconds_decode=now - prefilled if self.prefilled else 0.0,
+            depths=tuple(run.depths) if run else (),
+            cached_tokens=run.cached if run else 0,
+            seconds_draft=self.seconds_draft,
+            seconds_verify=self.seconds_verify,
+            seconds_commit=self.seconds_commit,
         )
 
     def cut(self, now: float, slow_reader_limit: float) -> FinishReason | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -16,7 +15,10 @@ from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend import numerics, wiring
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Rule, WiringPolicy
+from mlx_mtp_backend.calibration import DepthMemory, calibrate
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPStatus, inspect_checkpoint
+from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.device import memory_bytes
 from mlx_mtp_backend.drafters import Drafter, HeadDrafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Driver, Model
@@ -38,14 +40,18 @@ class Resident:
     info: LoadedModel
     model: Model
     drafter: Drafter | None
+    depths: DepthController
     options: LoadOptions
 
 
-def load(name: str, path: Path, options: LoadOptions, registry: Registry) -> Generator[LoadProgress, None, Resident]:
+def load(
+    name: str, path: Path, options: LoadOptions, registry: Registry, memory: DepthMemory
+) -> Generator[LoadProgress, None, Resident]:
     """Load one checkpoint, a slice at a time; the model is the return value.
 
     Args:
         registry: decides which kernels run on this device.
+        memory: what rounds cost before.
 
     Raises:
         EngineError: what inspection raises, FAMILY_UNSUPPORTED, WEIGHTS_MISMATCH, or HEAD_MISWIRED under
@@ -63,6 +69,10 @@ def load(name: str, path: Path, options: LoadOptions, registry: Registry) -> Gen
         log.info("%s runs on stock operations: %s", name, stock_because)
     replay, reason = yield from numerics.replay_class(model)
     wired = yield from _check_wiring(model, text, options)
+    depths, drafter = DepthController(model.most_rows), HeadDrafter(model) if model.has_head else None
+    print_of_bits = numerics.fingerprint(model, dtype, options.prefill_chunk)
+    if drafter is not None and options.depth is None and not memory.recall(path, print_of_bits, depths):
+        yield from calibrate(model, drafter, depths)
     info = LoadedModel(
         name=name,
         path=path,
@@ -79,11 +89,11 @@ def load(name: str, path: Path, options: LoadOptions, registry: Registry) -> Gen
         load_seconds=time.monotonic() - started,
         replay=replay,
         replay_reason=reason,
-        fingerprint=numerics.fingerprint(model, dtype, options.prefill_chunk),
+        fingerprint=print_of_bits,
         unseeded_rule=_unseeded_rule(options, wired),
         wiring=wired,
     )
-    return Resident(info, model, HeadDrafter(model) if model.has_head else None, options)
+    return Resident(info, model, drafter, depths, options)
 
 
 def _check_supported(report: CheckpointReport, options: LoadOptions) -> None:
@@ -101,8 +111,7 @@ def _dtype(report: CheckpointReport) -> mx.Dtype | None:
     """A CPU computes in fp32 where that fits: half floats are converted there for every operation."""
     if mx.default_device().type == mx.gpu:
         return None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return mx.float32 if 2 * report.weight_bytes < _WIDEN_LIMIT * memory else None
+    return mx.float32 if 2 * report.weight_bytes < _WIDEN_LIMIT * memory_bytes() else None
 
 
 def _check_wiring(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_mtp_backend.api import GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.grammar import Grammar
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream
 
@@ -19,6 +20,7 @@ class Submit:
     params: GenerateParams
     stream: Stream
     submitted: float
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

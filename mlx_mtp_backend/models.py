@@ -23,7 +23,7 @@ class LoadedModel:
     Attributes:
         text: tokenizer and chat template; None where the checkpoint has no tokenizer.
         context_length: most tokens of prompt and reply together.
-        depth: drafts per round where a request does not say; 0 without a head.
+        depth: drafts per round where a request does not say, 0 without a head; None: chosen round by round.
         kernels: names and versions of the custom kernels in use, "none" for stock operations.
         stock_because: why it runs on stock operations; None where kernels run.
         kernel_checks: what the kernels' checks found on this device, for every model loaded so far.
@@ -39,7 +39,7 @@ class LoadedModel:
     context_length: int
     vocab_size: int
     has_head: bool
-    depth: int
+    depth: int | None
     weight_bytes: int
     kernels: str
     stock_because: str | None

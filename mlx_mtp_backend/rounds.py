@@ -6,18 +6,22 @@ wrong while its graph is built leaves every sequence as it was.
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, noise, sampling
+from mlx_mtp_backend import acceptance, cache, logprobs, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
-from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import flags, ints
+from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
 
@@ -28,10 +32,33 @@ class DeviceFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a round did for one sequence: its new tokens, or why it cannot go on."""
+    """What a round did for one sequence: its new tokens, or why it cannot go on, and how many drafts it verified."""
 
     tokens: list[int]
+    drafted: int = 0
     error: EngineError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round did.
+
+    Attributes:
+        committed: for each sequence.
+        seconds_draft: wall time to build the drafts' graph.
+        seconds_verify: to build the verify pass, and until the device was done with both.
+        seconds_commit: to take over the outcome.
+    """
+
+    committed: list[Committed]
+    seconds_draft: float
+    seconds_verify: float
+    seconds_commit: float
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_draft + self.seconds_verify + self.seconds_commit
 
 
 def evaluate(arrays: list[mx.array]) -> None:
@@ -57,22 +84,29 @@ def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | N
         primed = _prime_head(model, sequence, hidden.carried, start)
         last = end == sequence.prompt_length
         logits = model.logits(hidden.normed[-1:]) if last else None
-        law = None if logits is None else sampling.transform(logits, sequence.sampling)
+        law = None if logits is None else _first_law(sequence, logits)
     except BaseException:
         sequence.abort()
         raise
     cache.commit(sequence.trunk, end - start)
     cache.commit(sequence.head, primed)
     sequence.prefilled = end
-    sequence.pending = hidden.carried[-1:] if sequence.head else None
+    sequence.pending = [hidden.carried[-1:]] if sequence.head else []
     settled = [array for layer in sequence.caches for array in layer.arrays]
     if logits is None or law is None:
         evaluate([*settled, hidden.carried])
         return None
     token = sampling.choose(law, noise.keys([sequence.seed]), mx.array([end]), Purpose.TARGET)
     finite = mx.all(mx.isfinite(logits), axis=-1)
-    evaluate([*settled, token, finite])
-    return _settle(sequence, ints(token), flags(finite))
+    told = None if sequence.logprobs is None else logprobs.measure(logits, token, sequence.logprobs)
+    evaluate([*settled, token, finite, *(told.arrays if told else [])])
+    return _settle(sequence, ints(token), flags(finite), told)
+
+
+def _first_law(sequence: Sequence, logits: mx.array) -> Law:
+    if sequence.processors is not None:
+        logits = processed(logits, [(sequence.processors, slice(0, 1), None)])
+    return sampling.transform(logits, sequence.sampling)
 
 
 def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int) -> int:
@@ -84,10 +118,10 @@ def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int)
     if not sequence.head:
         return 0
     before = sequence.pending
-    slots = carried[:-1] if before is None else mx.concatenate([before, carried[:-1]])
+    slots = mx.concatenate([*before, carried[:-1]]) if before else carried[:-1]
     count = slots.shape[0]
     if count:
-        first = start if before is None else start - 1
+        first = start - 1 if before else start
         tokens = mx.array(sequence.tokens[first + 1 : first + 1 + count], mx.int32)
         model.head(tokens, slots, [Segment(sequence.head, count)])
     return count
@@ -95,37 +129,55 @@ def _prime_head(model: Model, sequence: Sequence, carried: mx.array, start: int)
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """A round's graph, not evaluated."""
+    """A round's graph, not evaluated. `rows` are the tokens of the verify pass."""
 
     drafts: list[Draft | None]
+    rows: mx.array
     segments: list[Segment]
     hidden: Hidden
     outcome: Outcome
     finite: mx.array
+    logprobs: list[Measured | None]
 
 
-def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> list[Committed]:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the host reads of an evaluated round, row by row."""
+
+    rows: list[int]
+    stands: list[bool]
+    token: list[int]
+    finite: list[bool]
+
+
+def run_round(model: Model, drafter: Drafter, sequences: list[Sequence]) -> Round:
     """One round for sequences that are past their prefill.
 
     Raises:
         DeviceFailure: the evaluation failed; these sequences are lost.
         Exception: anything else was raised while the graph was built, and no sequence has changed.
     """
+    times = [time.perf_counter()]
     for sequence in sequences:
         sequence.begin()
     try:
-        built = _build(model, drafter, sequences)
+        drafts = drafter.draft(sequences)
+        times.append(time.perf_counter())
+        built = _build(model, drafts, sequences)
     except BaseException:
         for sequence in sequences:
             sequence.abort()
         raise
-    drafted = [draft.tokens for draft in built.drafts if draft is not None]
-    evaluate([*drafted, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried])
-    return [_commit(sequence, built, place) for place, sequence in enumerate(sequences)]
+    told = [array for measured in built.logprobs if measured is not None for array in measured.arrays]
+    evaluate([built.rows, built.outcome.stands, built.outcome.token, built.finite, built.hidden.carried, *told])
+    times.append(time.perf_counter())
+    read = _Read(ints(built.rows), flags(built.outcome.stands), ints(built.outcome.token), flags(built.finite))
+    committed = [_commit(sequence, built, read, place) for place, sequence in enumerate(sequences)]
+    times.append(time.perf_counter())
+    return Round(committed, *(after - before for before, after in itertools.pairwise(times)))
 
 
-def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
-    drafts = drafter.draft(sequences)
+def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) -> _Built:
     rows: list[mx.array] = []
     for sequence, draft in zip(sequences, drafts, strict=True):
         rows.append(mx.array(sequence.tokens[-1:], mx.int32))
@@ -135,10 +187,24 @@ def _build(model: Model, drafter: Drafter, sequences: list[Sequence]) -> _Built:
         Segment(sequence.trunk, 1 + (draft.tokens.shape[0] if draft else 0))
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
-    hidden = model.trunk(mx.concatenate(rows), segments)
+    tokens = mx.concatenate(rows)
+    hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
     outcome = _judge(sequences, drafts, split_rows(segments), logits)
-    return _Built(drafts, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1))
+    measured = [
+        None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
+        for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
+    ]
+    return _Built(drafts, tokens, segments, hidden, outcome, mx.all(mx.isfinite(logits), axis=-1), measured)
+
+
+def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
+    """Log-probabilities of the token that each row commits if the round gets to it: its draft where that stands."""
+    token = outcome.token[part]
+    if draft is not None:
+        kept = outcome.stands[part][:-1]
+        token = mx.concatenate([mx.where(kept, draft.tokens, token[:-1]), token[-1:]])
+    return logprobs.measure(logits, token, count)
 
 
 def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array) -> Outcome:
@@ -147,6 +213,12 @@ def _judge(sequences: list[Sequence], drafts: list[Draft | None], slices: list[s
         (sequence.sampling, Rule.COUPLING if draft is None else sequence.rule)
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
+    parts = [
+        (one.processors, part, None if draft is None else draft.tokens)
+        for one, part, draft in zip(sequences, slices, drafts, strict=True)
+        if one.processors is not None
+    ]
+    logits = processed(logits, parts)
     groups = grouped(kinds)
     outcomes, order = [], []
     for (parameters, rule), places in groups.items():
@@ -183,27 +255,30 @@ def _judge_alike(
     )
 
 
-def _commit(sequence: Sequence, built: _Built, place: int) -> Committed:
+def _commit(sequence: Sequence, built: _Built, read: _Read, place: int) -> Committed:
     """Accept left to right and keep exactly the rows that stand. Committed slots wait for the head with their true
     hiddens; rows it ran on its own output are dropped."""
-    draft, part = built.drafts[place], split_rows(built.segments)[place]
-    drafts = [] if draft is None else ints(draft.tokens)
-    stands, chosen = flags(built.outcome.stands[part]), ints(built.outcome.token[part])
-    tokens = acceptance.committed(drafts, stands, chosen)
+    part = split_rows(built.segments)[place]
+    drafts = read.rows[part][1:]
+    tokens = acceptance.committed(drafts, read.stands[part], read.token[part])
     cache.commit(sequence.trunk, len(tokens))
-    if draft is not None and sequence.pending is not None:
-        cache.commit(sequence.head, sequence.pending.shape[0])
-        sequence.pending = None
+    if drafts and sequence.pending:
+        cache.commit(sequence.head, sequence.pending_rows)
+        sequence.pending = []
     else:
         cache.abort(sequence.head)
     sequence.keep_pending(built.hidden.carried[part][: len(tokens)])
     sequence.count(len(drafts), len(tokens) - 1)
-    return _settle(sequence, tokens, flags(built.finite[part])[: len(tokens)])
+    return _settle(sequence, tokens, read.finite[part][: len(tokens)], built.logprobs[place], len(drafts))
 
 
-def _settle(sequence: Sequence, tokens: list[int], finite: list[bool]) -> Committed:
+def _settle(
+    sequence: Sequence, tokens: list[int], finite: list[bool], measured: Measured | None, drafted: int = 0
+) -> Committed:
     if not all(finite):
         detail = "the model gave logits that are not finite"
-        return Committed([], EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
+        return Committed([], drafted, EngineError(ErrorReason.NON_FINITE_LOGITS, detail))
     sequence.tokens += tokens
-    return Committed(tokens)
+    if sequence.processors is not None:
+        sequence.processors.commit(tokens)
+    return Committed(tokens, drafted, logprobs=measured.told(tokens) if measured else ())

@@ -9,7 +9,9 @@ import mlx.core as mx
 from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.cache import LayerCache
+from mlx_mtp_backend.depth import Acceptance
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.processors import Processors
 
 
 @dataclass(slots=True, eq=False)
@@ -22,9 +24,15 @@ class Sequence:
     Attributes:
         tokens: prompt and committed tokens.
         limit: the length at which the sequence must stop.
-        depth: drafts a round.
-        pending: trunk hiddens [m, hidden size] of the last m slots, which the head still has to run; None if it never
-            will. Slot p pairs hidden p with token p + 1.
+        depth: drafts a round; of the next one, where `acceptance` is given.
+        acceptance: how likely its drafts are kept; None where the depth is fixed.
+        boundaries: lengths of the prompt up to which others are likely to share it.
+        cached: prompt tokens that the prefix cache held.
+        pending: trunk hiddens, [rows, hidden size] each, of the last slots, which the head still has to run. Slot p
+            pairs hidden p with token p + 1.
+        depths: rounds by the number of drafts.
+        processors: what the request does to its logits; None for nothing.
+        logprobs: log-probabilities to tell, as in GenerateParams.
         drafted, accepted: verified and accepted drafts per draft position.
     """
 
@@ -37,9 +45,14 @@ class Sequence:
     depth: int
     trunk: list[LayerCache]
     head: list[LayerCache]
+    acceptance: Acceptance | None = None
+    boundaries: tuple[int, ...] = ()
     prefilled: int = 0
-    pending: mx.array | None = None
-    rounds: int = 0
+    cached: int = 0
+    pending: list[mx.array] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    processors: Processors | None = None
+    logprobs: int | None = None
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
@@ -51,6 +64,14 @@ class Sequence:
     def round_depth(self) -> int:
         """Drafts for the next round: no more than could be committed beside the round's own token."""
         return max(0, min(self.depth, self.limit - len(self.tokens) - 1)) if self.head else 0
+
+    @property
+    def rounds(self) -> int:
+        return sum(self.depths)
+
+    @property
+    def pending_rows(self) -> int:
+        return sum(hiddens.shape[0] for hiddens in self.pending)
 
     @property
     def caches(self) -> list[LayerCache]:
@@ -65,10 +86,11 @@ class Sequence:
     def keep_pending(self, carried: mx.array) -> None:
         """Note trunk hiddens [m, hidden size] of newly committed slots for the head."""
         if self.head:
-            self.pending = carried if self.pending is None else mx.concatenate([self.pending, carried])
+            self.pending.append(carried)
 
     def count(self, drafted: int, accepted: int) -> None:
-        self.rounds += 1
+        self.depths += [0] * (drafted + 1 - len(self.depths))
+        self.depths[drafted] += 1
         grow = drafted - len(self.drafted)
         if grow > 0:
             self.drafted += [0] * grow
@@ -79,8 +101,18 @@ class Sequence:
 
 
 def start(
-    model: Model, prompt: tuple[int, ...], *, sampling: Sampling, seed: int, rule: Rule, depth: int, limit: int
+    model: Model,
+    prompt: tuple[int, ...],
+    *,
+    sampling: Sampling,
+    seed: int,
+    rule: Rule,
+    depth: int,
+    limit: int,
+    acceptance: Acceptance | None = None,
+    boundaries: tuple[int, ...] = (),
 ) -> Sequence:
-    """A sequence that nothing has been run for. Without drafts to make, the head is left out for good."""
-    head = model.head_caches() if depth > 0 else []
-    return Sequence(list(prompt), len(prompt), limit, sampling, seed, rule, depth, model.trunk_caches(), head)
+    """A sequence that nothing has been run for. Without drafts ever to make, the head is left out for good."""
+    head = model.head_caches() if depth > 0 or acceptance is not None else []
+    trunk = model.trunk_caches()
+    return Sequence(list(prompt), len(prompt), limit, sampling, seed, rule, depth, trunk, head, acceptance, boundaries)

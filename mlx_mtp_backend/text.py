@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from mlx_mtp_backend.api import ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.grammar import Grammar, Grammars
 
 MAX_FILE_BYTES = 200_000_000
 
@@ -33,6 +36,7 @@ class ModelText:
         self._template = None if template is None else _environment().from_string(template)
         self.end_tokens = ends
         self.has_template = template is not None
+        self._grammars = Grammars(tokenizer, ends)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens are recognised in the text and none are added."""
@@ -65,8 +69,51 @@ class ModelText:
             detail = f"the chat template refused the messages: {str(error)[:200]}"
             raise EngineError(ErrorReason.INVALID_PARAMS, detail, field="messages") from error
 
+    def boundaries(
+        self, messages: Sequence[Mapping[str, Any]], rendered: str, tokens: Sequence[int], **variables: Any
+    ) -> tuple[int, ...]:
+        """Where other prompts are likely to leave this one: behind the system message, and behind the last message.
+
+        Args:
+            messages, variables: as given to `render`, which gave `rendered`.
+            tokens: `rendered`, encoded.
+
+        Returns:
+            lengths in tokens, never beyond where the texts part; none where the template refuses the other prompts.
+        """
+        leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+        other_user = [*leading, {"role": "user", "content": "\N{REPLACEMENT CHARACTER}"}]
+        try:
+            shared = _common(rendered, self.render(other_user, **variables)) if leading else 0
+            stable = _common(rendered, self.render(messages, add_generation_prompt=False, **variables))
+        except EngineError:
+            return ()
+        system = _common(self.encode(rendered[:shared]), tokens)
+        # The few characters after it are encoded, rather than the long text before it again.
+        last = max(0, len(tokens) - len(self.encode(rendered[stable:])) - 1)
+        return (system, last) if leading else (last,)
+
+    def compile(self, wanted: ResponseFormat) -> Grammar:
+        """What a reply in this format may say, from its beginning. Compiled formats are kept, and the first of a
+        tokenizer may take a second: call it off the event loop.
+
+        Raises:
+            EngineError: INVALID_PARAMS, if the format cannot be followed.
+        """
+        return self._grammars.compile(wanted)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; the first call may take a second, as `compile`."""
+        return self._grammars.token_bytes(token)
+
     def growing(self) -> GrowingText:
         return GrowingText(self._tokenizer)
+
+
+def _common(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class GrowingText:

@@ -13,11 +13,14 @@ from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend import loading, rounds
 from mlx_mtp_backend.api import EngineOptions, FinishReason, LoadProgress
+from mlx_mtp_backend.calibration import DepthMemory
 from mlx_mtp_backend.drafters import Draft, Drafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.job import Job
 from mlx_mtp_backend.loading import Resident
 from mlx_mtp_backend.mailbox import Board, Close, Command, Inbox, Load, Submit, Unload
+from mlx_mtp_backend.pacing import paced_round
+from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
 from mlx_mtp_backend.rounds import Committed, DeviceFailure
 from mlx_mtp_backend.sequence import Sequence
 
@@ -39,6 +42,8 @@ class Worker:
         self._inbox = inbox
         self._board = board
         self._registry = Registry(options.kernel_checks)
+        self._depth_memory = DepthMemory(options.depth_memory)
+        self._prefixes = PrefixStore(budget_bytes(options))
         self._residents: dict[str, Resident] = {}
         self._loads: deque[tuple[Load, Generator[LoadProgress, None, Resident]]] = deque()
         self._waiting: deque[Job] = deque()
@@ -91,8 +96,8 @@ class Worker:
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(params, stream, submitted):
-                self._waiting.append(Job(params, stream, submitted))
+            case Submit(params, stream, submitted, grammar):
+                self._waiting.append(Job(params, stream, submitted, grammar))
             case Load():
                 self._loads.append((command, self._loading(command)))
             case Unload():
@@ -101,7 +106,7 @@ class Worker:
                 self._closing = True
 
     def _loading(self, command: Load) -> Generator[LoadProgress, None, Resident]:
-        return loading.load(command.name, command.path, command.options, self._registry)
+        return loading.load(command.name, command.path, command.options, self._registry, self._depth_memory)
 
     def _reap(self) -> None:
         """End what was cancelled or ran out of time, wherever it stands."""
@@ -119,7 +124,7 @@ class Worker:
                 detail = f"{job.params.model!r} was unloaded while the request waited"
                 self._end(job, FinishReason.ERROR, EngineError(ErrorReason.MODEL_NOT_LOADED, detail))
                 continue
-            job.start(resident)
+            job.start(resident, self._prefixes)
             self._prefilling.append(job)
 
     def _load_slice(self) -> None:
@@ -152,7 +157,18 @@ class Worker:
         command.result.set_exception(error)
         _release_memory()
 
+    def _give_up_load(self, name: str) -> None:
+        """End a load that is not wanted any more."""
+        for load, steps in [pair for pair in self._loads if pair[0].name == name]:
+            self._loads.remove((load, steps))
+            steps.close()
+            with self._board.lock:
+                self._board.loading.discard(name)
+            load.result.set_exception(EngineError(ErrorReason.MODEL_NOT_LOADED, f"{name!r} was unloaded as it loaded"))
+            _release_memory()
+
     def _unload(self, command: Unload) -> None:
+        self._give_up_load(command.name)
         users = [*self._waiting, *self._prefilling, *self._decoding]
         if command.name not in self._residents:
             detail = f"{command.name!r} is not loaded"
@@ -163,7 +179,8 @@ class Worker:
         else:
             with self._board.lock:
                 del self._board.models[command.name]
-            del self._residents[command.name]
+            self._depth_memory.keep(self._residents.pop(command.name))
+            self._prefixes.forget(command.name)
             _release_memory()
             command.result.set_result(None)
 
@@ -173,10 +190,16 @@ class Worker:
         assert job.sequence is not None
         self._prefilling.remove(job)
         self._prefilling.append(job)
+        chunk = job.resident.options.prefill_chunk
         try:
-            done = rounds.prefill_chunk(job.resident.model, job.sequence, job.resident.options.prefill_chunk)
+            done = rounds.prefill_chunk(job.resident.model, job.sequence, chunk)
+            if self._prefixes.wants(job.sequence, chunk):
+                self._prefixes.keep(job.params.model, job.sequence, chunk)
         except DeviceFailure as error:
             self._lose([job], error)
+            return
+        except EngineError as error:
+            self._end(job, FinishReason.ERROR, error)
             return
         except Exception:
             log.exception("a prefill chunk could not be built")
@@ -205,20 +228,23 @@ class Worker:
             self._round(resident, NoDrafter(), [job])
         except DeviceFailure as error:
             self._lose([job], error)
+        except EngineError as error:
+            self._end(job, FinishReason.ERROR, error)
         except Exception:
             log.exception("a sequence cannot go on even alone")
             self._end(job, FinishReason.ERROR, _build_failure())
 
     def _round(self, resident: Resident, drafter: Drafter, jobs: list[Job]) -> None:
         sequences = [job.sequence for job in jobs if job.sequence is not None]
-        results = rounds.run_round(resident.model, drafter, sequences)
-        for job, committed in zip(jobs, results, strict=True):
+        done = paced_round(resident.model, drafter, resident.depths, sequences)
+        for job, committed in zip(jobs, done.committed, strict=True):
+            job.timed(done)
             self._take(job, committed)
 
     def _take(self, job: Job, committed: Committed) -> None:
         if committed.error is not None:
             self._end(job, FinishReason.ERROR, committed.error)
-        elif job.emit(committed.tokens):
+        elif job.emit(committed.tokens, committed.logprobs):
             self._forget(job)
 
     def _lose(self, jobs: list[Job], error: DeviceFailure) -> None:
@@ -256,6 +282,8 @@ class Worker:
         for job in [*self._waiting, *self._prefilling, *self._decoding]:
             self._end(job, FinishReason.ERROR, closed)
         self._loads.clear()
+        for resident in self._residents.values():
+            self._depth_memory.keep(resident)
         self._residents.clear()
         _release_memory()
 

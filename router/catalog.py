@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from router.discovery import discover
 from router.domain import ErrorReason, ModelFacts, ModelFormat, RouterError
 from router.facts import read_facts, unasked_facts
 from router.settings import ModelSettings, SamplingSettings, Settings
+
+logger = logging.getLogger(__name__)
 
 MAX_NAMED, MAX_SHOWN = 32, 128  # known names, and characters of an unknown one, in an error: its size is bounded
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
@@ -58,20 +61,50 @@ class ModelEntry:
         wanted = self.settings.context_length or DEFAULT_CONTEXT
         return min(wanted, self.facts.context_length or wanted)
 
+    def memory_bytes(self, parallel: int) -> int | None:
+        """Estimate of what it takes once loaded: its files, and full caches for `parallel` requests."""
+        size, cache = self.facts.size_bytes, self.facts.cache_bytes
+        return None if size is None or cache is None else size + parallel * self.context_length * cache
+
+    def loads_as(self, other: ModelEntry) -> bool:
+        """Whether what is in memory for one is right for the other: they differ in names and defaults at most."""
+        return _as_loaded(self) == _as_loaded(other)
+
+
+def _as_loaded(entry: ModelEntry) -> ModelEntry:
+    plain = entry.settings.model_copy(update={"aliases": (), "fallbacks": (), "sampling": SamplingSettings()})
+    gguf = None if entry.gguf is None else _as_loaded(entry.gguf)
+    return replace(entry, settings=plain, sampling=SamplingSettings(), gguf=gguf)
+
 
 class Catalog:
-    """The configured models, by name and alias."""
+    """The configured models, by name and alias. Where a name is also somebody's alias, the name wins."""
 
     def __init__(self, entries: Iterable[ModelEntry]) -> None:
         self._entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
         self._names: dict[str, str] = {name: name for name in self._entries}
         for entry in self._entries.values():
-            self._names.update(dict.fromkeys(entry.aliases, entry.name))
+            for alias in entry.aliases:
+                self._names.setdefault(alias, entry.name)
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
         """Every model, by name."""
         return tuple(self._entries.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def fallbacks(self, entry: ModelEntry) -> list[str]:
+        """The models that may answer in its place, each once; a name that stands for no model stays."""
+        names = dict.fromkeys(self._names.get(name, name) for name in entry.settings.fallbacks)
+        names.pop(entry.name, None)
+        return list(names)
+
+    def replacing(self, name: str, entry: ModelEntry | None) -> Catalog:
+        """The same but for one model; None: without it."""
+        others = [item for item in self._entries.values() if item.name != name]
+        return Catalog(others if entry is None else [*others, entry])
 
     def resolve(self, name: str) -> ModelEntry:
         """The model of that name or alias. Raises RouterError MODEL_NOT_FOUND, naming the known ones."""
@@ -88,7 +121,7 @@ class Catalog:
         )
 
 
-async def read_catalog(settings: Settings, pulled: Path) -> Catalog:
+async def read_catalog(settings: Settings, pulled: Path, before: Catalog | None = None) -> Catalog:
     """Reads the headers of every configured model, and of every one that is discovered (see `discover`).
 
     A file that cannot be read becomes an entry whose `facts.problem` says why: it is listed, and refused when asked
@@ -96,12 +129,19 @@ async def read_catalog(settings: Settings, pulled: Path) -> Catalog:
 
     Args:
         pulled: folder of fetched models.
+        before: the catalog that this one takes the place of; models at a server that does not answer now stay.
     """
-    found = await discover(settings, pulled)
+    known = {} if before is None else {entry.name: entry.settings for entry in before.entries}
+    found = await discover(settings, pulled, known)
     models = {**found, **settings.models}
-    return await asyncio.to_thread(
+    catalog = await asyncio.to_thread(
         lambda: Catalog(build_entry(name, model, settings.sampling) for name, model in models.items())
     )
+    for entry in catalog.entries:
+        for name in entry.settings.fallbacks:
+            if name not in catalog:
+                logger.warning("models.%s.fallbacks: there is no model %r", entry.name, name)
+    return catalog
 
 
 def build_catalog(settings: Settings, pulled: Path) -> Catalog:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from router.backends.ollama_client import list_tags
@@ -23,17 +23,20 @@ PROJECTOR = re.compile(r"(^|[-_.])mmproj", re.IGNORECASE)  # a vision part, whic
 Found = Iterator[tuple[str, ModelSettings]]
 
 
-async def discover(settings: Settings, pulled: Path) -> dict[str, ModelSettings]:
+async def discover(
+    settings: Settings, pulled: Path, known: Mapping[str, ModelSettings] | None = None
+) -> dict[str, ModelSettings]:
     """Every model that is not written down, by name; a name that is taken already is not used again.
 
     Args:
         settings: what is written down, and where to look.
         pulled: folder of fetched models.
+        known: models that were there before: those of a server that does not answer now stay.
     """
     taken = {name for key, model in settings.models.items() for name in (key, *model.aliases)}
     found: dict[str, ModelSettings] = {}
     in_files = await asyncio.to_thread(lambda: list(_in_files(settings.discovery, pulled)))
-    for name, model in [*in_files, *await _at_ollama(settings)]:
+    for name, model in [*in_files, *await _at_ollama(settings, known or {})]:
         if not re.fullmatch(MODEL_NAME, name):
             logger.warning("%r is not served: that is no model name", name)
         elif name in found:
@@ -94,8 +97,8 @@ def _in_cache() -> Found:
             yield f"{repository.repo_id}/{_stem(file)}", ModelSettings(path=file)
 
 
-async def _at_ollama(settings: Settings) -> list[tuple[str, ModelSettings]]:
-    """Tags that the configured servers have; a server that does not answer has none."""
+async def _at_ollama(settings: Settings, known: Mapping[str, ModelSettings]) -> list[tuple[str, ModelSettings]]:
+    """Tags that the configured servers have; a server that does not answer has those that it had before."""
     if not settings.discovery.ollama:
         return []
     found = []
@@ -105,8 +108,8 @@ async def _at_ollama(settings: Settings) -> list[tuple[str, ModelSettings]]:
         try:
             tags = await list_tags(backend)
         except RouterError as error:
-            logger.warning("discovery: no tags from %s: %s", name, error)
-            continue
+            tags = [tag for tag, model in known.items() if model == ModelSettings(ollama=tag, backend=name)]
+            logger.warning("discovery: no tags from %s, so that it keeps %d: %s", name, len(tags), error)
         found += [(tag, ModelSettings(ollama=tag, backend=name)) for tag in tags]
     return found
 

@@ -214,7 +214,8 @@ class ModelFormat(Enum):
 class ModelFacts:
     """What is known of a model's files without loading them.
 
-    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served.
+    `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served;
+    `cache_bytes`, what a token of context takes in the key and value caches; `stamp`, when which files were written.
     """
 
     format: ModelFormat = ModelFormat.GGUF
@@ -222,9 +223,11 @@ class ModelFacts:
     quantization: str = ""
     context_length: int | None = None
     size_bytes: int | None = None
+    cache_bytes: int | None = None
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
+    stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:
         """Whether the capability is shown to be there; False where it is not known."""
@@ -239,13 +242,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What answers a request, and why in one sentence."""
+    """What answers a request, and why in one sentence.
+
+    `fallback_cause` tells why the requested model itself could not, where one of its fallbacks answers.
+    """
 
     requested_model: str
     model: str
     backend: str
     kind: BackendKind
     reason: str
+    fallback_cause: ErrorReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,14 +421,31 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftTimes:
+    """Seconds spent on drafting, verifying and committing, of rounds that may have been shared with other requests."""
+
+    draft: float
+    verify: float
+    commit: float
+
+
+@dataclass(frozen=True, slots=True)
 class SpeculationStatistics:
-    """What drafting did; `positions` holds (drafted, accepted) by draft position, empty where it is not told."""
+    """What drafting did.
+
+    Attributes:
+        positions: (drafted, accepted) by draft position, empty where it is not told.
+        depths: rounds by the number of drafts, from 0 on, empty where it is not told.
+        times: None where it is not told.
+    """
 
     source: DraftSource = DraftSource.NONE
     rounds: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     positions: tuple[tuple[int, int], ...] = ()
+    depths: tuple[int, ...] = ()
+    times: DraftTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +499,7 @@ class ErrorReason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INTERNAL = "INTERNAL"
     NON_FINITE_LOGITS = "NON_FINITE_LOGITS"
+    SETTINGS_INVALID = "SETTINGS_INVALID"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
@@ -16,6 +18,7 @@ from router.gguf_split import SplitError, parts
 
 THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking
 MAX_TEXT = 400  # characters of evidence
+MAX_FILES = 10_000  # of a checkpoint's folder that are looked at for changes
 MAX_TEMPLATE_BYTES = 8 * 2**20  # tokenizer configs of large vocabularies reach a few megabytes
 
 logger = logging.getLogger(__name__)
@@ -29,13 +32,15 @@ def read_facts(path: Path, head_path: Path | None = None) -> ModelFacts:
     Args:
         head_path: where else a checkpoint's head may lie.
     """
+    stamp = _stamp(path, head_path)
     try:
         facts = _checkpoint_facts(path, head_path) if path.is_dir() else _gguf_facts(path)
     except Exception:
         logger.exception("cannot make sense of %s", path)
-        return ModelFacts(problem=f"{_text(path.name)} cannot be made sense of; the log has the details")
+        return ModelFacts(problem=f"{_text(path.name)} cannot be made sense of; the log has the details", stamp=stamp)
     return replace(
         facts,
+        stamp=stamp,
         architecture=_text(facts.architecture),
         quantization=_text(facts.quantization),
         problem=_text(facts.problem),
@@ -49,6 +54,22 @@ def unasked_facts(name: str, kept: ModelFormat) -> ModelFacts:
     """Of a model that a server keeps, before it was asked."""
     unknown = CapabilityFact(None, f"the server that keeps {_text(name)} has not been asked about it yet")
     return ModelFacts(format=kept, capabilities=dict.fromkeys(Capability, unknown))
+
+
+def _stamp(path: Path, head_path: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time in ns of every file: where these are the same, so is what the files say."""
+    files: list[Path] = []
+    for place in (path, head_path):
+        if place is None:
+            continue
+        with contextlib.suppress(OSError, SplitError):
+            files += islice(place.iterdir(), MAX_FILES) if place.is_dir() else parts(place)
+    stamp = []
+    for file in sorted(files):
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            stamp.append((str(file), status.st_size, status.st_mtime_ns))
+    return tuple(stamp)
 
 
 def _text(value: str) -> str:
@@ -82,6 +103,7 @@ def _gguf_facts(path: Path) -> ModelFacts:
         quantization=header.quantization,
         context_length=header.context_length,
         size_bytes=header.file_bytes,
+        cache_bytes=header.cache_bytes,
         capabilities=_gguf_capabilities(header),
         reasoning_switch=THINKING_SWITCH in template,
     )
@@ -129,6 +151,7 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         quantization=_checkpoint_quantization(report),
         context_length=report.context_length,
         size_bytes=report.weight_bytes,
+        cache_bytes=report.cache.bytes_per_token if report.cache else None,
         capabilities=_checkpoint_capabilities(report, template),
         reasoning_switch=THINKING_SWITCH in template,
         problem=problem,
@@ -141,8 +164,8 @@ def _checkpoint_capabilities(report: CheckpointReport, template: str) -> Facts:
         Capability.MTP: CapabilityFact(report.mtp.status is MTPStatus.PRESENT, head_evidence(report)),
         Capability.REASONING: reasoning_fact(template),
         Capability.TOOLS: CapabilityFact(False, "the MLX engine does not pass tools through yet"),
-        Capability.JSON_SCHEMA: CapabilityFact(False, "the MLX engine has no grammars yet"),
-        Capability.LOGPROBS: CapabilityFact(False, "the MLX engine does not return them yet"),
+        Capability.JSON_SCHEMA: CapabilityFact(True, "the MLX engine masks what a format does not allow"),
+        Capability.LOGPROBS: CapabilityFact(True, "the MLX engine returns them per token"),
         Capability.COUNT_TOKENS: CapabilityFact(True, "the tokenizer counts without generating"),
         Capability.TOKEN_PROMPT: CapabilityFact(True, "the MLX engine takes token ids"),
     }

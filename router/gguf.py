@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_METADATA_KEYS = 4096
@@ -24,6 +24,7 @@ MAX_STORED_BYTES = 8 * 2**20
 MAX_STORED_ITEMS = 64  # longer arrays, such as vocabularies, are passed over
 MAX_ARRAY_STRINGS = 2_000_000  # over the whole file; the largest vocabularies with merges have about 800,000
 MAX_DIMENSIONS = 4
+MAX_NUMBER = 2**32  # no size in the metadata reaches this
 
 Value = int | float | bool | str | tuple["Value", ...]
 
@@ -108,6 +109,11 @@ class GgufHeader:
         return self._integer(f"{self.architecture}.context_length") or None
 
     @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that a token of context takes in llama.cpp's caches (see `gguf_cache_bytes`)."""
+        return gguf_cache_bytes(self.metadata)
+
+    @property
     def chat_template(self) -> str:
         """The Jinja template, "" where there is none."""
         return self._text("tokenizer.chat_template")
@@ -130,6 +136,35 @@ class GgufHeader:
     def _integer(self, key: str) -> int | None:
         value = self.metadata.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def gguf_cache_bytes(metadata: Mapping[str, Any]) -> int | None:
+    """Bytes that a token of context takes in keys and values of 16 bits; None where the metadata does not tell.
+
+    Layers whose state does not grow with the context are left out; a sliding window counts as if it held everything.
+    """
+    architecture = metadata.get("general.architecture")
+
+    def number(key: str) -> int | None:
+        value = metadata.get(f"{architecture}.{key}")
+        return value if type(value) is int and 0 < value < MAX_NUMBER else None
+
+    layers, heads = number("block_count"), number("attention.head_count")
+    if layers is None:
+        return None
+    if interval := number("full_attention_interval"):  # the blocks of a prediction head have attention too
+        head = number("nextn_predict_layers") or 0
+        layers = (layers - head) // interval + head
+    if rank := number("attention.kv_lora_rank"):  # multi-head latent attention keeps one compressed row
+        return layers * (rank + (number("rope.dimension_count") or 0)) * 2
+    embedding, kept = number("embedding_length"), metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    size = embedding // heads if embedding and heads else None
+    key, value = number("attention.key_length") or size, number("attention.value_length") or size
+    counts = kept if isinstance(kept, tuple | list) else (kept,)
+    if key is None or value is None or not all(type(count) is int and 0 <= count < MAX_NUMBER for count in counts):
+        return None
+    pairs = sum(counts) * (1 if isinstance(kept, tuple | list) else layers)  # one number, or one for every layer
+    return pairs * (key + value) * 2
 
 
 def read_gguf_header(path: Path) -> GgufHeader:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,12 +24,24 @@ from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
-from router.domain import BackendState, BackendStatus, ModelFormat
+from router.domain import BackendState, BackendStatus, ModelFormat, RouterError
+from router.lifecycle import Lifecycle
+from router.metrics import Gauge, Metrics, MetricsServer, gauges
+from router.refresh import Reader, Refreshed, refresh
+from router.resilience import Resilience
 from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
 from router.services.models import ModelService
-from router.settings import LlamaCppSettings, LlamaServerSettings, OllamaSettings, ServerSettings, Settings, data_home
+from router.settings import (
+    LlamaCppSettings,
+    LlamaServerSettings,
+    OllamaSettings,
+    ResilienceSettings,
+    ServerSettings,
+    Settings,
+    data_home,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +85,29 @@ class RouterServer:
         settings: of the server itself.
         catalog: the configured models.
         backends: by the names that the settings give them; the server starts and closes them.
+        reader: reads the settings again; None: nothing ever changes.
+        lifecycle: that the backends share; the server closes it.
+        resilience: `[resilience]`.
     """
 
-    def __init__(self, settings: ServerSettings, catalog: Catalog, backends: Mapping[str, Backend]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        catalog: Catalog,
+        backends: Mapping[str, Backend],
+        reader: Reader | None = None,
+        lifecycle: Lifecycle | None = None,
+        resilience: ResilienceSettings | None = None,
+    ) -> None:
         self._settings = settings
-        self._dispatcher = Dispatcher(catalog, backends)
+        self._metrics = Metrics(self._gauges)
+        self._metrics_server: MetricsServer | None = None
+        self._resilience = Resilience(resilience, self._metrics.noted)
+        self._dispatcher = Dispatcher(catalog, backends, resilience=self._resilience)
+        self._reader = reader
+        self._lifecycle = lifecycle
+        self._preloads: set[asyncio.Task[None]] = set()
+        self._refreshing = asyncio.Lock()
         self._health = health.aio.HealthServicer()
         self._calls = Calls(settings.default_deadline)
         self._server = grpc.aio.server(
@@ -94,25 +126,75 @@ class RouterServer:
         for name in SERVICE_NAMES:
             await self._health.set(name, NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        v1.add_GenerateServiceServicer_to_server(
-            GenerateService(self._dispatcher, self._calls, self._settings.slow_reader_limit), self._server
-        )
+        v1.add_GenerateServiceServicer_to_server(self._generate_service(), self._server)
         v1.add_ModelServiceServicer_to_server(ModelService(self._dispatcher), self._server)
         v1.add_AdminServiceServicer_to_server(
-            AdminService(self._dispatcher, self._calls, enabled=self._settings.admin), self._server
+            AdminService(self._dispatcher, self._calls, self.refresh, enabled=self._settings.admin), self._server
         )
         if self._settings.reflection:
             names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self.address = self._bind()
+        self._listen_for_metrics()
         self._health_task = asyncio.create_task(self._publish_health())
         for backend in self._dispatcher.backends.values():
-            backend.on_status_change(self._status_changed)
-            await backend.start()
-            self._status_changed(backend.status())
+            await self._start_backend(backend)
         await self._server.start()
         for name in SERVICE_NAMES:
             await self._health.set(name, SERVING)
+        for entry in self._dispatcher.catalog.entries:
+            if entry.settings.preload:
+                task = asyncio.create_task(self._preload(entry.name), name=f"preload {entry.name}")
+                self._preloads.add(task)
+                task.add_done_callback(self._preloads.discard)
+
+    async def _preload(self, name: str) -> None:
+        try:
+            entry, _, backend = await self._dispatcher.find(name)
+            async with contextlib.aclosing(backend.preload(entry)) as steps:
+                async for _ in steps:
+                    pass
+        except RouterError as error:
+            logger.warning("%s could not be preloaded: %s", name, error)
+
+    async def _start_backend(self, backend: Backend) -> None:
+        backend.on_status_change(self._status_changed)
+        await backend.start()
+        self._status_changed(backend.status())
+
+    async def refresh(self) -> Refreshed:
+        """Reads the settings and looks for models again. Raises RouterError SETTINGS_INVALID."""
+        if self._reader is None:
+            return Refreshed()
+        async with self._refreshing:
+            found = await self._reader.read(self._dispatcher)
+            for name, backend in found.backends.items():
+                await self._start_backend(backend)
+                self._dispatcher.backends[name] = backend
+            return await refresh(self._dispatcher, found.catalog, found.needs_restart)
+
+    def _generate_service(self) -> GenerateService:
+        settings = self._settings
+        return GenerateService(
+            self._dispatcher, self._calls, self._metrics, settings.slow_reader_limit, settings.max_unread_bytes
+        )
+
+    @property
+    def metrics_address(self) -> str:
+        """Where the page /metrics is; "" where there is none."""
+        return self._metrics_server.address if self._metrics_server else ""
+
+    def _listen_for_metrics(self) -> None:
+        if self._settings.metrics_listen is None:
+            return
+        try:
+            self._metrics_server = MetricsServer(self._metrics, self._settings.metrics_listen)
+        except OSError:
+            raise ListenError(f"cannot listen at {self._settings.metrics_listen} for metrics") from None
+
+    def _gauges(self) -> list[Gauge]:
+        statuses = [backend.status() for backend in self._dispatcher.backends.values()]
+        return gauges(statuses, self._lifecycle, self._resilience)
 
     def _bind(self) -> str:
         listen = self._settings.listen
@@ -124,6 +206,8 @@ class RouterServer:
 
     def _status_changed(self, status: BackendStatus) -> None:
         self._health_updates.put_nowait((status.name, status.state))
+        if status.state is BackendState.READY:
+            self._resilience.recovered(status.name)
 
     async def _publish_health(self) -> None:
         """Turns backend states into health: each under `backend/NAME`, and overall while any of them is ready."""
@@ -151,40 +235,72 @@ class RouterServer:
         # gRPC's own cut comes a little later, so that the typed status of `interrupt` gets out first.
         await self._server.stop(grace + 1.0)
         interrupt.cancel()
+        for task in self._preloads:
+            task.cancel()
         for backend in self._dispatcher.backends.values():
             await backend.close()
+        if self._lifecycle is not None:
+            await self._lifecycle.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
 
 
-def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
+def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle) -> dict[str, Backend]:
     """The configured backends by name; the MLX engine only where there is a checkpoint for it."""
     has_checkpoint = any(entry.facts.format is ModelFormat.CHECKPOINT for entry in catalog.entries)
     backends: dict[str, Backend] = {}
     for name, backend in settings.backends.items():
         if isinstance(backend, LlamaCppSettings):
-            backends[name] = LlamaCppBackend(name, backend)
+            backends[name] = LlamaCppBackend(name, backend, lifecycle)
         elif isinstance(backend, OllamaSettings):
-            backends[name] = OllamaBackend(name, backend)
+            backends[name] = OllamaBackend(name, backend, lifecycle)
         elif isinstance(backend, LlamaServerSettings):
-            backends[name] = LlamaServerBackend(name, backend)
+            backends[name] = LlamaServerBackend(name, backend, lifecycle)
         elif has_checkpoint:
-            backends[name] = MlxBackend(name, backend)
+            backends[name] = MlxBackend(name, backend, lifecycle)
     return backends
 
 
-async def run(settings: Settings, *, announce_json: bool = False) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Raises ListenError."""
-    catalog = await read_catalog(settings, data_home() / "models")
-    server = RouterServer(settings.server, catalog, build_backends(settings, catalog))
+async def run(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. SIGHUP looks for models again.
+
+    Raises:
+        ListenError: it cannot listen at its address.
+    """
+    pulled = data_home() / "models"
+    catalog = await read_catalog(settings, pulled)
+    lifecycle = Lifecycle(settings.scheduler)
+    build = functools.partial(build_backends, lifecycle=lifecycle)
+    reader = Reader(settings, load, pulled, build)
+    server = RouterServer(settings.server, catalog, build(settings, catalog), reader, lifecycle, settings.resilience)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    refreshes: set[asyncio.Task[None]] = set()
+
+    def hang_up() -> None:
+        task = asyncio.create_task(_refresh_quietly(server))
+        refreshes.add(task)
+        task.add_done_callback(refreshes.discard)
+
     await server.start()
+    # Of a terminal that was closed, the signal means what it says.
+    loop.add_signal_handler(signal.SIGHUP, stop.set if _on_terminal() else hang_up)
     _announce(server.address, catalog, as_json=announce_json)
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
     await server.drain()
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
+async def _refresh_quietly(server: RouterServer) -> None:
+    with contextlib.suppress(RouterError):  # it is in the log
+        await server.refresh()
 
 
 def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
@@ -196,12 +312,16 @@ def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
     print(line, flush=True)
 
 
-def serve(settings: Settings, *, announce_json: bool = False) -> int:
-    """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen."""
+def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> int:
+    """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen.
+
+    Args:
+        load: reads the settings again.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
-        asyncio.run(run(settings, announce_json=announce_json))
+        asyncio.run(run(settings, load, announce_json=announce_json))
     except ListenError as error:
         print(f"mtp-router: {error}", file=sys.stderr)
         return 1

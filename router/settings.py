@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
+import psutil
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,6 +38,7 @@ BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
 KINDS_BY_NAME = (*BUILT_IN_BACKENDS, "ollama")  # backends of these names need not say their kind
 
 # Names travel in logs, health names and error metadata, so they are kept plain.
+DEFAULT_DRAFT_DEPTH = 3  # where a backend drafts a fixed number of tokens
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}"
 ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
 BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
@@ -68,21 +79,31 @@ class ServerSettings(_Table):
     )
     drain_grace: float = Field(30.0, ge=0.0, description="seconds that running calls get after SIGTERM")
     slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds that an event of a stream may wait unread")
+    max_unread_bytes: int = Field(
+        256 * 2**10, ge=1024, le=64 * 2**20, description="of one answer that may wait for its reader"
+    )
+    metrics_listen: str | None = Field(
+        None, description="host:port of the page /metrics for Prometheus; port 0 picks a free one; unset: none"
+    )
     default_deadline: float = Field(600.0, gt=0.0, description="seconds for a call that comes without a deadline")
 
     @model_validator(mode="after")
     def _loopback_unless_allowed(self) -> Self:
-        if self.listen.startswith("unix:"):
-            return self
-        host, _, port = self.listen.rpartition(":")
+        if not self.listen.startswith("unix:"):
+            self._check_address("listen", self.listen, "without encryption or authentication")
+        if self.metrics_listen is not None:
+            self._check_address("metrics_listen", self.metrics_listen, "without authentication")
+        return self
+
+    def _check_address(self, key: str, address: str, without: str) -> None:
+        host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"listen must be host:port or unix:path, not {self.listen!r}")
+            kinds = "host:port or unix:path" if key == "listen" else "host:port"
+            raise ValueError(f"{key} must be {kinds}, not {address!r}")
         if not self.allow_remote and not _is_loopback(host):
             raise ValueError(
-                f"listen = {self.listen!r} is reachable from other hosts, without encryption or authentication; "
-                "set allow_remote = true to accept that"
+                f"{key} = {address!r} is reachable from other hosts, {without}; set allow_remote = true to accept that"
             )
-        return self
 
 
 def _is_loopback(host: str) -> bool:
@@ -147,9 +168,16 @@ class MlxSettings(_Table):
     parallel: int = Field(8, ge=1, le=256, description="requests that decode together")
     max_queued: int = Field(256, ge=0, le=100_000, description="requests that may wait")
     slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds a stream may wait for its reader")
+    first_token_timeout: float = Field(
+        300.0, gt=0.0, description="seconds without a sign of life before the first token"
+    )
+    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens per step; a cancel waits for one step")
     unseeded_rule: Literal["auto", "coupling", "rejection"] = Field(
         "auto", description="how drafts are accepted without a seed; auto: what accepted more at load"
+    )
+    prefix_cache_mib: int | None = Field(
+        None, ge=0, description="MiB for prompts seen before; unset: an eighth of the memory, at most 4096; 0: none"
     )
     wiring_check: Literal["off", "warn", "refuse"] = Field(
         "warn", description="what to do where a head predicts no better than chance at load"
@@ -220,6 +248,32 @@ class DiscoverySettings(_Table):
     ollama: bool = Field(False, description="serve every model that the configured Ollama servers have, by its tag")
 
 
+class SchedulerSettings(_Table):
+    """`[scheduler]`: which models are in memory, and who waits."""
+
+    memory_budget: ByteSize | None = Field(
+        default_factory=lambda: ByteSize(psutil.virtual_memory().total * 7 // 10),
+        description="memory for all models that the router loads, such as 24GiB; unset: 70 % of the machine's",
+    )
+    keep_alive: float | None = Field(
+        None, ge=0.0, description="seconds that an idle model stays loaded; unset: until its memory is needed"
+    )
+    interactive_patience: float = Field(
+        10.0, ge=0.0, description="seconds that an INTERACTIVE request waits before busy models make room for its own"
+    )
+    batch_patience: float = Field(60.0, ge=0.0, description="the same for a BATCH request")
+    turn: float = Field(10.0, ge=0.0, description="seconds that a model serves before it has to make room")
+
+
+class ResilienceSettings(_Table):
+    """`[resilience]`: what happens where a backend fails."""
+
+    retries: int = Field(2, ge=0, le=10, description="further tries of a request before its first token")
+    failures: int = Field(5, ge=1, description="failures in a row after which a backend is left alone")
+    pause: float = Field(1.0, gt=0.0, description="seconds until one request tries it again; doubles each time")
+    longest_pause: float = Field(30.0, gt=0.0, description="longest time that it is left alone, seconds")
+
+
 BackendSettings = Annotated[
     LlamaCppSettings | MlxSettings | OllamaSettings | LlamaServerSettings, Field(discriminator="kind")
 ]
@@ -256,7 +310,15 @@ class ModelSettings(_Table):
         None, ge=16, le=2**24, description="tokens of context, at most the model's own; unset: up to 8192"
     )
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
-    draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
+    draft_depth: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
+        "auto",
+        description="tokens drafted a round where a request does not say; auto: what pays on the MLX engine, else 3",
+    )
+    keep_alive: float | None = Field(
+        None, ge=0.0, description="seconds that it stays loaded while idle, instead of scheduler.keep_alive"
+    )
+    pin: bool = Field(False, description="once loaded it stays, however much its memory is needed")
+    preload: bool = Field(False, description="load it when the server starts")
     sampling: SamplingSettings = SamplingSettings()
 
     @model_validator(mode="after")
@@ -266,7 +328,14 @@ class ModelSettings(_Table):
             raise ValueError("needs one of path, ollama or llama_server")
         if self.path is None and (self.gguf is not None or self.head_path is not None):
             raise ValueError("gguf and head_path go with a path")
+        if self.path is None and (self.keep_alive is not None or self.pin):
+            raise ValueError("keep_alive and pin go with a path: another server keeps this model as it is told there")
         return self
+
+    @property
+    def fixed_draft_depth(self) -> int:
+        """Tokens drafted a round where the backend cannot choose."""
+        return DEFAULT_DRAFT_DEPTH if self.draft_depth == "auto" else self.draft_depth
 
     @property
     def kept_as(self) -> str:
@@ -284,6 +353,8 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     sampling: SamplingSettings = SamplingSettings()
     discovery: DiscoverySettings = DiscoverySettings()
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    resilience: ResilienceSettings = ResilienceSettings()
     backends: dict[BackendName, BackendSettings] = Field(default_factory=dict, validate_default=True)
     models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
 
@@ -327,6 +398,8 @@ class Settings(BaseSettings):
                 if name in names:
                     raise ValueError(f"the name {name!r} stands for both {names[name]!r} and {model!r}")
                 names[name] = model
+            if {model, *entry.aliases} & set(entry.fallbacks):
+                raise ValueError(f"models.{model}.fallbacks: {model!r} cannot answer in its own place")
             if entry.backend is not None and entry.backend not in self.backends:
                 known = ", ".join(sorted(self.backends))
                 raise ValueError(f"models.{model}.backend: no backend {entry.backend!r}; there are: {known}")

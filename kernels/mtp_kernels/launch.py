@@ -6,9 +6,11 @@ arguments. MLX keeps compiled code on disk by kernel name alone, so the name car
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -30,6 +32,27 @@ class Launch(Protocol):
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
     ) -> list[mx.array]: ...
+
+
+class MetalCompiler(Hashable, Protocol):
+    """What `mx.fast.metal_kernel` is."""
+
+    def __call__(
+        self, *, name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str
+    ) -> Launch: ...
+
+
+_other_compiler: ContextVar[MetalCompiler | None] = ContextVar("other_compiler", default=None)
+
+
+@contextlib.contextmanager
+def metal_through(compiler: MetalCompiler) -> Iterator[None]:
+    """While the context lasts, `compiler` builds Metal kernels in MLX's place and `platform` says metal."""
+    token = _other_compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _other_compiler.reset(token)
 
 
 METAL_TYPES = {mx.bfloat16: "bfloat16_t", mx.float16: "half", mx.float32: "float"}
@@ -71,18 +94,18 @@ def cuda_launch(
     return cast(Launch, kernel)
 
 
-@functools.cache
 def metal_launch(name: str, header: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Launch:
     """Callable for one Metal kernel, compiled at its first evaluation."""
+    compiler = _other_compiler.get() or cast(MetalCompiler, mx.fast.metal_kernel)
+    return _metal_launch(compiler, name, header, body, inputs, outputs)
+
+
+@functools.cache
+def _metal_launch(
+    compiler: MetalCompiler, name: str, header: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Launch:
     digest = version_of(header, body, ",".join(inputs), ",".join(outputs))
-    kernel = mx.fast.metal_kernel(
-        name=f"mtp_{name}_{digest}",
-        input_names=list(inputs),
-        output_names=list(outputs),
-        source=body,
-        header=header,
-    )
-    return cast(Launch, kernel)
+    return compiler(name=f"mtp_{name}_{digest}", input_names=inputs, output_names=outputs, source=body, header=header)
 
 
 def host_ints(array: mx.array) -> list[int]:
@@ -90,9 +113,13 @@ def host_ints(array: mx.array) -> list[int]:
     return cast(list[int], array.tolist())
 
 
-@functools.cache
 def platform() -> str:
-    """`cuda`, `metal` or `cpu`: where MLX's default device runs custom kernels."""
+    """`cuda`, `metal` or `cpu`: where custom kernels run."""
+    return "metal" if _other_compiler.get() else _device_platform()
+
+
+@functools.cache
+def _device_platform() -> str:
     if mx.default_device() != mx.Device(mx.gpu):
         return "cpu"
     if mx.cuda.is_available():

@@ -7,6 +7,7 @@ MLX's own operations, and `status` says so.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .launch import platform
+from .tuning import Tuning
 
 log = logging.getLogger(__name__)
 
 CHECK_ROWS = 8
 FALLBACK = "fallback"
+TUNING_FILE = "kernel-tuning.json"
 _TOLERANCE = {mx.bfloat16: 1e-2, mx.float16: 2e-3}
 
 MLX_VERSION = version("mlx")
@@ -92,13 +95,19 @@ class Registry:
 
     Args:
         cache_file: JSON file of check results by kernel version, device, MLX version and shape; None keeps them for
-            this process only. An unreadable file counts as empty.
+            this process only. An unreadable file counts as empty. What tuning found lies beside it.
     """
 
     def __init__(self, cache_file: Path | None = None) -> None:
         self._cache_file = cache_file
         self._choices: dict[str, Choice] = {}
         self._stored: dict[str, dict[str, Any]] = _load(cache_file)
+
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        """What tuning found on this device."""
+        file = self._cache_file and self._cache_file.with_name(TUNING_FILE)
+        return Tuning(file, f"{device_name()}:{MLX_VERSION}")
 
     def resolve(self, case: Case) -> Run:
         """The implementation to call for this case: a checked kernel, or the fallback."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,6 +68,17 @@ class DeltaCache:
     @property
     def arrays(self) -> list[mx.array]:
         return [array for array in (self.conv, self.state) if array is not None]
+
+    def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
+        return ()
+
+    def snapshot(self) -> tuple[mx.array, ...]:
+        return tuple(self.arrays)
+
+    def restore(self, rows: Sequence[tuple[mx.array, ...]], snapshot: tuple[mx.array, ...]) -> None:
+        if snapshot:
+            self.conv, self.state = snapshot
+            self._mark = (self.conv, self.state)
 
     def _settle(self) -> None:
         """Drop the tape, and the reference that would keep its whole convolution input alive."""

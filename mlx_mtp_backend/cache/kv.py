@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+
+from mlx_mtp_backend.cache.base import copied
 
 STEP = 256
 
@@ -54,6 +58,22 @@ class KVCache:
         self._values[..., start:end, :] = values
         self.offset = end
         return self._keys[..., :end, :], self._values[..., :end, :]
+
+    def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
+        keys, values = self._keys, self._values
+        if keys is None or values is None or not 0 <= start < end <= self.offset:
+            return ()
+        return copied(keys[..., start:end, :]), copied(values[..., start:end, :])
+
+    def snapshot(self) -> tuple[mx.array, ...]:
+        return ()
+
+    def restore(self, rows: Sequence[tuple[mx.array, ...]], snapshot: tuple[mx.array, ...]) -> None:
+        held = [stretch for stretch in rows if stretch]
+        if held:
+            keys, values = (mx.concatenate([stretch[i] for stretch in held], axis=2) for i in (0, 1))
+            self.append(keys, values)
+            self._mark = self.offset
 
 
 def grown(buffer: mx.array | None, rows: mx.array, used: int, needed: int) -> mx.array:

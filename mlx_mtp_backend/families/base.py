@@ -44,12 +44,14 @@ class Model(Protocol):
     """A loaded model. Calls build graphs and evaluate nothing; caches must be inside a transaction.
 
     Attributes:
+        most_rows: of a decode or verify pass, beyond which it has no fast path; None: no such limit.
         kernels: names and versions of custom kernels in use, "none" for stock operations; part of the fingerprint.
     """
 
     vocab_size: int
     hidden_size: int
     has_head: bool
+    most_rows: int | None
     kernels: str
 
     @property

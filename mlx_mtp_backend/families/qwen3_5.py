@@ -64,6 +64,7 @@ class Qwen35:
         self.vocab_size: int = text.args.vocab_size
         self.hidden_size: int = text.args.hidden_size
         self.has_head = head is not None
+        self.most_rows: int | None = None
         self.kernels = "none"
 
     @property

@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 from mtp_kernels import few_row_matmul as matmul_kernel
-from mtp_kernels.launch import platform
-from mtp_kernels.registry import Registry, Selection
+from mtp_kernels.few_row_matmul import variants
+from mtp_kernels.launch import platform, version_of
+from mtp_kernels.registry import Case, Registry, Run, Selection
 
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
@@ -57,10 +58,16 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        self.most_rows = MAX_PASS_ROWS
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = not selection.failed
         self._compiled: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether a kernel failed its check, and MLX's own operations stand in for it."""
+        return not self._compilable
 
     def trunk_caches(self) -> list[LayerCache]:
         return [
@@ -164,16 +171,46 @@ def fused(stock: Qwen35, registry: Registry) -> FusedQwen35:
             return FusedQwen35(stock, done.value, selection)
 
 
+class _Listing(Selection):
+    """Chooses and checks nothing: lists the cases that a model asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(Registry())
+        self.cases: list[Case] = []
+
+    def resolve(self, case: Case) -> Run:
+        self.cases.append(case)
+        return case.fallback
+
+
+def products(stock: Qwen35) -> list[str]:
+    """The distinct matrix products of a model's step, as few_row_matmul names them. Raises Unsupported."""
+    listing = _Listing()
+    FusedQwen35(
+        stock, [fused_layer(n, stock.text.model.norm.weight.dtype, listing) for n in stock.text.model.layers], listing
+    )
+    return list(dict.fromkeys(case.shape for case in listing.cases if case.kernel == "few_row_matmul"))
+
+
+def model_key(shapes: Sequence[str]) -> str:
+    """Names models whose steps are made of the same products."""
+    return version_of(*shapes)
+
+
 def fused_or_stock(stock: Qwen35, registry: Registry) -> Generator[LoadProgress, None, tuple[Qwen35, str | None]]:
     """The model through the kernels, or the stock model and why it stays.
 
     One kernel that failed its check keeps the whole stock model: fallbacks read positions back to the
     host, which is slower than stock.
     """
-    if platform() != "cuda":
-        return stock, f"the step through the kernels is for CUDA, this is {platform()}"
+    if platform() == "cpu":
+        return stock, "no GPU: the step through the kernels is for CUDA and Metal"
     selection = Selection(registry)
     try:
+        if platform() == "metal":
+            if not registry.tuning.won(model_key(products(stock))):
+                return stock, "the kernels are not known to be faster on this Mac; mtp-router tune measures them"
+            variants.use(registry.tuning.variants)
         steps = fused_layers(stock, selection)
         while True:
             try:

@@ -7,7 +7,7 @@ knows how many rows were accepted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -121,6 +121,21 @@ class FusedDeltaCache:
     def abort(self) -> None:
         self._pending, self._many = self._mark, None
 
+    def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
+        return ()
+
+    def snapshot(self) -> tuple[mx.array, ...]:
+        """Only between prefill passes, after which no row is pending."""
+        if not isinstance(self._pending.kept, int) or self._pending.kept:
+            raise RuntimeError("a snapshot with rows pending")
+        state = self._pending.state
+        return (state.recurrent, state.window)
+
+    def restore(self, rows: Sequence[tuple[mx.array, ...]], snapshot: tuple[mx.array, ...]) -> None:
+        if snapshot:
+            recurrent, window = snapshot
+            self._pending = self._mark = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
+
     def _absorb(self, rows: mx.array) -> mx.array:
         """Runs rows from the state at `begin` into the present state."""
         y, recurrent, window = self._run(rows, self._mark.state, self._mark.keep(), self._weights, settle=True)
@@ -204,6 +219,10 @@ class FusedKVCache(KVCache):
     def abort(self) -> None:
         super().abort()
         self._start, self._since = self._start_mark
+
+    def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
+        self.settle()
+        return super().rows(start, end)
 
     def settle(self) -> None:
         """Move the tail's rows into the long buffer; waits for a count that is still on the device."""

@@ -30,6 +30,8 @@ class Backend(Protocol):
     kind: BackendKind
     # Dotted names (see `policy.requested_fields`) of the optional request fields that this backend honours.
     fields: frozenset[str]
+    # Requests that run at once, for each model.
+    parallel: int
 
     async def start(self) -> None:
         """Gets ready without loading a model. Raises nothing for an engine that is merely unreachable: that is DOWN."""

@@ -8,12 +8,22 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from importlib.metadata import version
 
-from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams
+from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams, ResponseFormat
 from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
-from router.backends.mlx_answer import Answer, generate_params, router_error, template_message
+from mlx_mtp_backend.text import ModelText
+from router.backends.mlx_answer import (
+    Answer,
+    Prompt,
+    format_error,
+    generate_params,
+    response_format,
+    router_error,
+    template_message,
+)
 from router.backends.mlx_models import Resident, Residents
-from router.backends.thinking import ThinkSplitter
+from router.backends.patience import Patience, TimeIsUpError
+from router.backends.thinking import CLOSE, ThinkSplitter
 from router.catalog import ModelEntry
 from router.domain import (
     BackendKind,
@@ -31,7 +41,6 @@ from router.domain import (
     MessagesPrompt,
     ModelState,
     Offer,
-    Queued,
     ReasoningMode,
     RouterError,
     SpeculationMode,
@@ -41,10 +50,14 @@ from router.domain import (
     Usage,
 )
 from router.facts import THINKING_SWITCH
-from router.scheduler import Admission, Ticket
+from router.lifecycle import Lifecycle, Seat
+from router.line import Ticket
+from router.scheduler import Phase
 from router.settings import MlxSettings, data_home
 
 logger = logging.getLogger(__name__)
+
+FIRST_RESTART, LAST_RESTART = 1.0, 60.0  # seconds until an engine that has failed is started again
 
 
 class MlxBackend:
@@ -53,43 +66,74 @@ class MlxBackend:
     Args:
         name: as in the settings.
         settings: `[backends.NAME]`.
+        lifecycle: has models loaded and dropped; shared with the other backends.
     """
 
     kind = BackendKind.MLX
-    fields = frozenset({"stop.token_ids", "stop.ignore_end_of_generation", "reasoning.mode"})
+    fields = frozenset(
+        {
+            "sampling.repetition_penalty",
+            "sampling.presence_penalty",
+            "sampling.frequency_penalty",
+            "sampling.logit_bias",
+            "stop.token_ids",
+            "stop.ignore_end_of_generation",
+            "stop.min_output_tokens",
+            "response_format.json_schema",
+            "response_format.json_object",
+            "response_format.regex",
+            "response_format.grammar",
+            "reasoning.mode",
+            "logprobs",
+        }
+    )
 
-    def __init__(self, name: str, settings: MlxSettings) -> None:
+    def __init__(self, name: str, settings: MlxSettings, lifecycle: Lifecycle | None = None) -> None:
         self.name = name
         self._settings = settings
+        self.parallel = settings.parallel
+        self._lifecycle = lifecycle or Lifecycle()
         self._engine: Engine | None = None
         self._offer = Offer(self.kind, "the engine has not started")
         self._models = Residents(settings)
-        self._admission = Admission(settings.parallel, settings.max_queued)
         self._listeners: list[Callable[[BackendStatus], None]] = []
+        self._closed = False
+        self._restarts = 0
+        self._failures = 0  # ends of the engine since an answer was given
+        self._restarting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the engine's thread, where this machine should use it."""
+        if not await self._start_engine():
+            return
+        self._offer = self._assess(await asyncio.to_thread(accelerator))
+        if self._offer.refusal:
+            await self.close()
+
+    async def _start_engine(self) -> bool:
+        prefixes = self._settings.prefix_cache_mib
         options = EngineOptions(
             interpose_blas=self._settings.openblas,
             max_streams=self._settings.parallel,
             max_waiting=self._settings.parallel,  # the line stands in front of the engine, in order of priority
             slow_reader_limit=self._settings.slow_reader_limit,
             kernel_checks=data_home() / "kernel-checks.json",
+            depth_memory=data_home() / "depth-memory.json",
+            prefix_cache_bytes=None if prefixes is None else prefixes << 20,
         )
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
-            loop.call_soon_threadsafe(self._engine_ended)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(self._engine_ended)
 
         try:
             self._engine = await asyncio.to_thread(Engine, options, ended)
         except EngineError as error:
             logger.error("the MLX engine did not start: %s", error)
             self._offer = Offer(self.kind, "the MLX engine did not start; see the server's log")
-            return
-        self._offer = self._assess(await asyncio.to_thread(accelerator))
-        if self._offer.refusal:
-            await self.close()
+            return False
+        return True
 
     def _assess(self, device: str | None) -> Offer:
         if device is not None:
@@ -100,17 +144,40 @@ class MlxBackend:
 
     async def close(self) -> None:
         """Ends every stream and the engine's thread."""
+        self._closed = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.to_thread(engine.close)
 
     def _engine_ended(self) -> None:
-        """The engine's thread is gone: nothing more is routed here, and health says so."""
-        if self._engine is None:  # closed on purpose
+        """The engine's thread is gone: health says so, nothing is routed here, and another is started in a while."""
+        if self._closed or self._restarting is not None:
             return
-        logger.critical("the MLX engine's thread has ended; no checkpoint can be served until a restart")
-        self._offer = Offer(self.kind, "the MLX engine has failed; see the server's log", failed=True)
+        self._restarting = asyncio.create_task(self._restart(self._offer), name="restart the MLX engine")
+        self._engine = None
+        self._offer = Offer(self.kind, "the MLX engine has failed and is being restarted", failed=True)
+        names = self._models.names
         self._models.forget()
+        for name in names:
+            self._lifecycle.lost(self._key(name))
+        self._tell()
+
+    async def _restart(self, offer: Offer) -> None:
+        """Starts an engine anew, more slowly each time that it failed without an answer."""
+        self._failures += 1
+        delay = min(FIRST_RESTART * 2.0 ** min(self._failures - 1, 10), LAST_RESTART)
+        logger.critical("the MLX engine's thread has ended; it starts again in %g s", delay)
+        await asyncio.sleep(delay)
+        if await self._start_engine():
+            self._restarts += 1
+            self._offer = offer
+        self._restarting = None
+        self._tell()
+
+    def _tell(self) -> None:
         for listener in self._listeners:
             listener(self.status())
 
@@ -121,24 +188,30 @@ class MlxBackend:
     def status(self) -> BackendStatus:
         """DOWN where the engine did not start, should not be used here, or has failed."""
         refusal = self._offer.refusal
+        counts = [self._lifecycle.counts(self._key(name)) for name in self._models.names]
         return BackendStatus(
             self.name,
             self.kind,
             BackendState.DOWN if refusal else BackendState.READY,
             version=f"MLX {version('mlx')}",
             error=RouterError(ErrorReason.BACKEND_UNAVAILABLE, refusal) if refusal else None,
-            active_requests=self._admission.active,
-            queued_requests=self._admission.queued,
+            active_requests=sum(running for running, _ in counts),
+            queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=self._models.loaded,
+            restarts=self._restarts,
+            retry_after=FIRST_RESTART if self._restarting is not None else None,
         )
 
     def on_status_change(self, listener: Callable[[BackendStatus], None]) -> None:
-        """Calls `listener` where the engine fails."""
+        """Calls `listener` where the engine fails, and where it is back."""
         self._listeners.append(listener)
 
     def model_state(self, model: ModelEntry) -> ModelState:
         """Whether it is loaded."""
-        return self._models.state(model)
+        phase = self._lifecycle.phase(self._key(model.name))
+        if phase is Phase.COLD and self._models.resident(model).error is not None:
+            return ModelState.FAILED
+        return ModelState[phase.name]
 
     def drafting(self, model: ModelEntry) -> Drafting | None:
         """At any depth, request by request, where the checkpoint has a head."""
@@ -153,54 +226,95 @@ class MlxBackend:
         """Answers one request (see `Backend.generate`)."""
         budget = request.time_budget
         deadline = None if budget is None else asyncio.get_running_loop().time() + budget
-        ticket = self._admission.enter(request.priority)
+        ticket = self._lifecycle.enter(self._seat(model), request.priority)
         try:
             async with contextlib.aclosing(self._answer(model, request, ticket, deadline)) as events:
                 async for event in events:
                     yield event
-        except TimeoutError:  # the budget ran out before the engine had the request
+        except (TimeoutError, TimeIsUpError):  # the budget ran out before the engine had the request
             yield Started()
             yield Finished(FinishReason.TIME_LIMIT, Usage(0, 0))
         finally:
-            self._admission.leave(ticket)
+            self._lifecycle.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Counts with the checkpoint's own tokenizer; loads no weights."""
-        ids, _ = await self._prompt(model, request)
-        return TokenCount(len(ids), model.context_length)
+        prompt = await self._prompt(model, request)
+        return TokenCount(len(prompt.tokens), model.context_length)
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model, slice by slice."""
-        async for progress in self._models.load(self._running(), model, None):
-            yield progress
+        self._running()
+        async with contextlib.aclosing(self._lifecycle.preload(self._seat(model))) as steps:
+            async for step in steps:
+                yield step
 
     async def unload(self, model: ModelEntry, *, force: bool) -> None:
         """Drops the model; with `force`, ends its streams first."""
-        if self._engine is not None:
-            await self._models.unload(self._engine, model, force=force)
+        await self._lifecycle.unload(self._key(model.name), model.name, force=force)
+        if self._lifecycle.phase(self._key(model.name)) is Phase.COLD:
+            self._models.reread(model)
+
+    def _key(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def _seat(self, model: ModelEntry) -> Seat:
+        """Models share the engine, and its places."""
+        known = self._models.resident(model)
+
+        async def load() -> None:
+            await self._models.load(self._running(), model)
+
+        async def unload() -> None:
+            if self._engine is not None:
+                await self._models.unload(self._engine, model)
+
+        terms = self._lifecycle.terms(model, self._settings.parallel, self._settings.max_queued, self.name)
+        return Seat(self._key(model.name), terms, load, unload, lambda: known.fraction)
 
     async def _answer(
         self, model: ModelEntry, request: GenerationRequest, ticket: Ticket, deadline: float | None
     ) -> AsyncGenerator[Event, None]:
-        while not ticket.running:
-            yield Queued(ticket.ahead)
-            async with asyncio.timeout_at(deadline):
-                await ticket.changed.wait()
-            ticket.changed.clear()
-        async with contextlib.aclosing(self._models.load(self._running(), model, deadline)) as loading:
-            async for progress in loading:
-                yield progress
+        self._running()
+        async with contextlib.aclosing(self._lifecycle.wait(ticket, deadline)) as steps:
+            async for step in steps:
+                yield step
         async with asyncio.timeout_at(deadline):
-            prompt, splitter = await self._prompt(model, request)
+            prompt = await self._prompt(model, request)
         known = self._models.resident(model)
         self._require_head(model, known, request)
-        context = _fitting_context(model, known, len(prompt))
+        context = _fitting_context(model, known, len(prompt.tokens))
+        async with asyncio.timeout_at(deadline):
+            wanted = await self._format(model, request, prompt.splitter)
+            token_bytes = await self._token_bytes(model, request)
         time_left = None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        params = generate_params(request, model.name, prompt, context, time_left)
-        answer = Answer(request, splitter, context_cut=params.max_tokens < request.stop.max_output_tokens)
+        params = generate_params(request, model.name, prompt, context, time_left, wanted)
+        context_cut = params.max_tokens < request.stop.max_output_tokens
+        answer = Answer(request, prompt.splitter, context_cut=context_cut, token_bytes=token_bytes)
         async with contextlib.aclosing(self._stream(known, params, answer)) as events:
             async for event in events:
                 yield event
+
+    async def _format(
+        self, model: ModelEntry, request: GenerationRequest, splitter: ThinkSplitter | None
+    ) -> ResponseFormat | None:
+        """The response format as the engine takes it; compiled here, in a thread, so that `submit` finds it at once."""
+        if request.response_format is None:
+            return None
+        text = await self._models.text(model)
+        wanted = response_format(request, splitter, text.encode(CLOSE), model.name)
+        try:
+            await asyncio.to_thread(text.compile, wanted)
+        except EngineError as error:
+            raise format_error(error, request.response_format.kind) from None
+        return wanted
+
+    async def _token_bytes(self, model: ModelEntry, request: GenerationRequest) -> Callable[[int], bytes]:
+        """What tells a token's bytes; readied in a thread where log-probabilities will ask for it."""
+        text = await self._models.text(model)
+        if request.top_logprobs is not None:
+            await asyncio.to_thread(text.token_bytes, 0)
+        return text.token_bytes
 
     async def _stream(self, known: Resident, params: GenerateParams, answer: Answer) -> AsyncGenerator[Event, None]:
         """One stream of the engine, from its submission to its last event; leaving cancels it."""
@@ -214,10 +328,13 @@ class MlxBackend:
         except EngineError as error:
             raise router_error(error, params.model) from None
         known.streams.add(stream)
+        # The engine itself ends a stream whose time is up.
+        patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, None, "the MLX engine")
         started = False
         try:
             while True:
-                await ready.wait()
+                async with patience.for_sign_of_life(started):
+                    await ready.wait()
                 ready.clear()
                 for event in stream.read():
                     for translated in answer.translate(event):
@@ -226,32 +343,44 @@ class MlxBackend:
                             yield Started(prompt_tokens=len(params.prompt))
                         yield translated
                         if isinstance(translated, Finished):
+                            self._failures = 0
                             return
+        except RouterError as error:
+            if error.reason is ErrorReason.DRAINING and not self._closed:
+                raise _engine_failed(params.model, started) from None
+            raise
         finally:
             stream.cancel()
             known.streams.discard(stream)
 
-    async def _prompt(self, model: ModelEntry, request: GenerationRequest) -> tuple[list[int], ThinkSplitter | None]:
-        """Token ids of the prompt, and what tells thinking from answer where the model thinks."""
+    async def _prompt(self, model: ModelEntry, request: GenerationRequest) -> Prompt:
         if isinstance(request.prompt, TokensPrompt):
-            return list(request.prompt.ids), None
+            return Prompt(tuple(request.prompt.ids))
         text = await self._models.text(model)
         if not isinstance(request.prompt, MessagesPrompt):
-            return await asyncio.to_thread(text.encode, request.prompt.text), None
+            return Prompt(tuple(await asyncio.to_thread(text.encode, request.prompt.text)))
         switch = (
             {} if request.reasoning is ReasoningMode.AUTO else {THINKING_SWITCH: request.reasoning is ReasoningMode.ON}
         )
         messages = [template_message(item) for item in request.prompt.messages]
         try:
-            rendered = await asyncio.to_thread(text.render, messages, **switch)
+            return await asyncio.to_thread(self._render, model, text, messages, switch)
         except EngineError as error:
             raise router_error(error, model.name) from None
+
+    def _render(
+        self, model: ModelEntry, text: ModelText, messages: list[dict[str, object]], switch: dict[str, bool]
+    ) -> Prompt:
+        rendered = text.render(messages, **switch)
+        tokens = text.encode(rendered)
         splitter = ThinkSplitter(rendered) if model.facts.can(Capability.REASONING) else None
-        return await asyncio.to_thread(text.encode, rendered), splitter
+        return Prompt(tuple(tokens), text.boundaries(messages, rendered, tokens, **switch), splitter)
 
     def _running(self) -> Engine:
         if self._engine is None:
-            raise RouterError(ErrorReason.BACKEND_UNAVAILABLE, "the MLX engine is not running", retry_after=1.0)
+            raise RouterError(
+                ErrorReason.BACKEND_UNAVAILABLE, "the MLX engine is not running", retry_after=FIRST_RESTART
+            )
         return self._engine
 
     def _require_head(self, model: ModelEntry, known: Resident, request: GenerationRequest) -> None:
@@ -262,6 +391,15 @@ class MlxBackend:
                 f"model {model.name!r}: its head could not be used when it was loaded; see the server's log",
                 metadata={"model": model.name, "capability": Capability.MTP.name},
             )
+
+
+def _engine_failed(model: str, started: bool) -> RouterError:
+    """The error for a request that the engine took along when it ended."""
+    if started:
+        message = f"the MLX engine failed in the middle of the answer of model {model!r}"
+        return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={"model": model})
+    message = f"the MLX engine failed before the first token of model {model!r}"
+    return RouterError(ErrorReason.BACKEND_UNAVAILABLE, message, metadata={"model": model}, retry_after=FIRST_RESTART)
 
 
 def _fitting_context(model: ModelEntry, known: Resident, prompt_tokens: int) -> int:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx_mtp_backend as engine
 from router.backends.thinking import ThinkSplitter
 from router.domain import (
+    Capability,
     Delta,
     DraftSource,
+    DraftTimes,
     ErrorReason,
     Event,
     FieldViolation,
     Finished,
     FinishReason,
+    FormatKind,
     GenerationRequest,
     Message,
     Prefilling,
+    ReasoningMode,
     Replay,
     RouterError,
     SpeculationMode,
     SpeculationStatistics,
+    TokenLogprob,
     Usage,
 )
 
@@ -45,9 +52,23 @@ FIELDS = {
     "top_k": "sampling.top_k",
     "top_p": "sampling.top_p",
     "min_p": "sampling.min_p",
+    "repetition_penalty": "sampling.repetition_penalty",
+    "presence_penalty": "sampling.presence_penalty",
+    "frequency_penalty": "sampling.frequency_penalty",
+    "logit_bias": "sampling.logit_bias",
+    "min_tokens": "stop.min_output_tokens",
+    "ignore_eos": "stop.ignore_end_of_generation",
+    "response_format": "response_format",
+    "logprobs": "logprobs.top_count",
     "seed": "sampling.seed",
     "depth": "speculation.depth",
     "time_limit": "time_budget",
+}
+FORMATS = {
+    FormatKind.JSON_SCHEMA: engine.FormatKind.JSON_SCHEMA,
+    FormatKind.JSON_OBJECT: engine.FormatKind.JSON_SCHEMA,
+    FormatKind.REGEX: engine.FormatKind.REGEX,
+    FormatKind.GRAMMAR: engine.FormatKind.LARK,
 }
 REASONS = {
     engine.FinishReason.STOP_STRING: FinishReason.STOP_SEQUENCE,
@@ -55,6 +76,20 @@ REASONS = {
     engine.FinishReason.CONTEXT_LIMIT: FinishReason.CONTEXT_LIMIT,
     engine.FinishReason.TIME_LIMIT: FinishReason.TIME_LIMIT,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it.
+
+    Attributes:
+        boundaries: lengths up to which other prompts are likely to share it.
+        splitter: tells thinking from answer; None where the text is all answer.
+    """
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    splitter: ThinkSplitter | None = None
 
 
 def template_message(message: Message) -> dict[str, object]:
@@ -65,28 +100,82 @@ def template_message(message: Message) -> dict[str, object]:
     return plain
 
 
+def response_format(
+    request: GenerationRequest, splitter: ThinkSplitter | None, close: list[int], model: str
+) -> engine.ResponseFormat:
+    """The request's response format as the engine takes it. It binds the answer, not the thinking before it.
+
+    Args:
+        splitter: knows whether the prompt makes the model start in thought.
+        close: token ids of the tag that ends a thought.
+
+    Raises:
+        RouterError: CAPABILITY_UNAVAILABLE where the thought has no beginning or no end that can be told.
+    """
+    wanted = request.response_format
+    assert wanted is not None
+    in_thought = splitter is not None and splitter.thinking
+    unbound = not in_thought and request.reasoning is ReasoningMode.ON
+    if unbound or (in_thought and len(close) != 1):
+        why = "its template does not open a thought" if unbound else "the end of its thoughts is not one token"
+        raise RouterError(
+            ErrorReason.CAPABILITY_UNAVAILABLE,
+            f"model {model!r} cannot think before an answer in a response format: {why}",
+            metadata={"model": model, "capability": Capability.REASONING.name},
+        )
+    rule = '{"type": "object"}' if wanted.kind is FormatKind.JSON_OBJECT else wanted.rule
+    return engine.ResponseFormat(FORMATS[wanted.kind], rule, after=close[0] if in_thought else None)
+
+
 def generate_params(
-    request: GenerationRequest, model: str, prompt: list[int], context_length: int, time_left: float | None
+    request: GenerationRequest,
+    model: str,
+    prompt: Prompt,
+    context_length: int,
+    time_left: float | None,
+    wanted: engine.ResponseFormat | None,
 ) -> engine.GenerateParams:
     """The request as the engine takes it.
 
     Args:
         model: the name that it was loaded under.
-        prompt: token ids, fewer than `context_length`.
+        prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
+        wanted: see `response_format`.
+
+    Raises:
+        RouterError: INVALID_REQUEST for parameters that cannot go together.
     """
     sampling, stop = request.sampling, request.stop
+    if wanted is not None and stop.ignore_end_of_generation:
+        raise _invalid(
+            "stop.ignore_end_of_generation", "an answer in a response format ends with the model's own token"
+        )
+    max_tokens = min(stop.max_output_tokens, context_length - len(prompt.tokens))
     return engine.GenerateParams(
         model=model,
-        prompt=tuple(prompt),
-        max_tokens=min(stop.max_output_tokens, context_length - len(prompt)),
-        sampling=engine.Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+        prompt=prompt.tokens,
+        max_tokens=max_tokens,
+        sampling=engine.Sampling(
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            tuple(sorted(sampling.logit_bias.items())),
+        ),
         seed=request.seed,
         depth=0 if request.speculation is SpeculationMode.OFF else request.draft_depth,
+        boundaries=prompt.boundaries,
         stop_tokens=frozenset(stop.token_ids),
         ignore_eos=stop.ignore_end_of_generation,
         stop_strings=stop.sequences,
         time_limit=time_left,
+        min_tokens=min(stop.min_output_tokens, max_tokens),
+        response_format=wanted,
+        logprobs=request.top_logprobs,
     )
 
 
@@ -97,21 +186,31 @@ class Answer:
         request: what was asked.
         splitter: tells thinking from answer; None where the text is all answer.
         context_cut: whether the context, not the request, bounds the answer's length.
+        token_bytes: what a token stands for; asked where the request wants log-probabilities.
     """
 
-    def __init__(self, request: GenerationRequest, splitter: ThinkSplitter | None, *, context_cut: bool) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        splitter: ThinkSplitter | None,
+        *,
+        context_cut: bool,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
         self._request = request
         self._splitter = splitter
         self._context_cut = context_cut
         self._started: engine.Started | None = None
+        self._token_bytes = token_bytes
         self._untold = 0  # tokens whose text has not come yet
+        self._logprobs: list[TokenLogprob] = []  # of these
 
     def translate(self, event: engine.Event) -> list[Event]:
         """The router's events for one of the engine's. Raises RouterError where the stream failed."""
         match event:
             case engine.Started():
                 self._started = event
-                return [Prefilling(0, event.prompt_tokens)]
+                return [Prefilling(event.cached_tokens, event.prompt_tokens)]
             case engine.Delta():
                 return self._delta(event)
             case engine.Finished():
@@ -119,6 +218,7 @@ class Answer:
 
     def _delta(self, event: engine.Delta) -> list[Event]:
         self._untold += len(event.tokens)
+        self._logprobs += [self._logprob(entry) for entry in event.logprobs]
         text, thinking = (event.text, "") if self._splitter is None else self._splitter.feed(event.text)
         return [self._piece(text, thinking)] if text or thinking else []
 
@@ -135,7 +235,12 @@ class Answer:
 
     def _piece(self, text: str, thinking: str) -> Delta:
         count, self._untold = self._untold, 0
-        return Delta(text, thinking, token_count=count)
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return Delta(text, thinking, token_count=count, logprobs=logprobs)
+
+    def _logprob(self, entry: engine.TokenLogprob) -> TokenLogprob:
+        top = tuple(TokenLogprob(token, self._token_bytes(token), value) for token, value in entry.top)
+        return TokenLogprob(entry.token, self._token_bytes(entry.token), entry.logprob, top)
 
     def _finished(self, event: engine.Finished) -> Finished:
         counts, request, started = event.statistics, self._request, self._started
@@ -143,13 +248,15 @@ class Answer:
         drafted = sum(counts.drafted)
         return Finished(
             reason,
-            Usage(counts.prompt_tokens, counts.completion_tokens),
+            Usage(counts.prompt_tokens, counts.completion_tokens, counts.cached_tokens),
             SpeculationStatistics(
                 DraftSource.MTP_HEAD if drafted else DraftSource.NONE,
                 counts.rounds if drafted else 0,
                 drafted,
                 sum(counts.accepted),
                 tuple(zip(counts.drafted, counts.accepted, strict=True)),
+                counts.depths if drafted else (),
+                DraftTimes(counts.seconds_draft, counts.seconds_verify, counts.seconds_commit) if drafted else None,
             ),
             matched_sequence=event.stop if isinstance(event.stop, str) else None,
             matched_token=token,
@@ -196,16 +303,23 @@ def router_error(error: engine.EngineError, model: str) -> RouterError:
             message = f"model {model!r} was unloaded"
             return RouterError(ErrorReason.BACKEND_UNAVAILABLE, message, metadata=metadata, retry_after=1.0)
         case engine.ErrorReason.INVALID_PARAMS | engine.ErrorReason.PROMPT_EMPTY:
-            return _invalid(error, "the engine refuses this value")
+            return _invalid(FIELDS.get(error.field or "", "prompt"), "the engine refuses this value")
         case engine.ErrorReason.TOKEN_OUT_OF_RANGE:
-            return _invalid(error, "a token is not in the model's vocabulary")
+            return _invalid(FIELDS.get(error.field or "", "prompt"), "a token is not in the model's vocabulary")
+        case engine.ErrorReason.GRAMMAR_LIMIT:
+            message = "following the response format took more work than is allowed for a token"
+            return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
         case _:
             message = f"the MLX engine failed on model {model!r}"
             return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
 
 
-def _invalid(error: engine.EngineError, description: str) -> RouterError:
-    field = FIELDS.get(error.field or "", "prompt")
+def format_error(error: engine.EngineError, kind: FormatKind) -> RouterError:
+    """The error for a response format that cannot be followed. The engine says why in words of its own."""
+    return _invalid(f"response_format.{kind.value}", error.detail)
+
+
+def _invalid(field: str, description: str) -> RouterError:
     return RouterError(
         ErrorReason.INVALID_REQUEST,
         f"invalid request: {field}: {description}",

@@ -9,6 +9,7 @@ from typing import Any
 from ollama import ShowResponse
 
 from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+from router.gguf import gguf_cache_bytes
 
 MAX_TEXT = 400  # characters of evidence
 
@@ -32,6 +33,7 @@ def read_show(tag: str, shown: ShowResponse, size_bytes: int | None) -> ModelFac
         quantization=(quantization or "")[:MAX_TEXT],
         context_length=context if isinstance(context, int) and context > 0 else None,
         size_bytes=size_bytes,
+        cache_bytes=gguf_cache_bytes(info),
         capabilities=_capabilities(tag[:MAX_TEXT], listed, shown, info),
         reasoning_switch="thinking" in listed,
     )

@@ -19,6 +19,11 @@ class ThinkSplitter:
         self._after_tag = self._thinking
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the model is in thought."""
+        return self._thinking
+
     def feed(self, text: str) -> tuple[str, str]:
         """The next piece of text as (answer, thinking); what may be the beginning of a tag is held back."""
         answer, thinking = "", ""

@@ -50,6 +50,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.chat import run
         case "models":
             from router.cli.models import run
+        case "refresh":
+            from router.cli.refresh import run
         case "explain":
             from router.cli.explain import run
         case "inspect":
@@ -58,6 +60,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.doctor import run
         case "verify":
             from router.cli.verify import run
+        case "tune":
+            from router.cli.tune import run
         case "pull":
             from router.cli.pull import run
         case "config":

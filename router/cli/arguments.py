@@ -39,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("name", nargs="?", help="only this model")
     models.add_argument("--evidence", action="store_true", help="say how each capability is known")
 
+    commands.add_parser("refresh", help="have the server look for models again", parents=[settings, server, lines])
+
     explain = commands.add_parser(
         "explain", help="say what would answer for a model, and why", parents=[settings, server, lines]
     )
@@ -59,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--head", type=Path, metavar="PATH", help="where else its head may lie")
     verify.add_argument("--tokens", type=_tokens, default=128, metavar="COUNT", help="new tokens a reply (128)")
     verify.add_argument("--openblas", action="store_true", help="on a Linux CPU, with OpenBLAS in MLX's place")
+
+    tune = commands.add_parser(
+        "tune", help="on a Mac, measure a checkpoint through the Metal kernels; use them if they win", parents=[lines]
+    )
+    tune.add_argument("path", type=Path, help="checkpoint folder")
+    tune.add_argument("--head", type=Path, metavar="PATH", help="where else its head may lie")
 
     pull = commands.add_parser("pull", help="fetch a small model", parents=[lines])
     pull.add_argument("name", help="what to fetch, such as smollm2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
@@ -16,8 +17,13 @@ REACHED_AT = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The settings in force. Raises UsageError."""
+    return checked_settings(lambda: load_settings(arguments.config))
+
+
+def checked_settings(load: Callable[[], Settings]) -> Settings:
+    """What `load` reads. Raises UsageError."""
     try:
-        return load_settings(arguments.config)
+        return load()
     except ValidationError as error:
         raise UsageError(describe_settings(error)) from None
     except OSError as error:

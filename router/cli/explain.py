@@ -24,4 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"model:   {model.name}")
         print(f"backend: {model.route.backend} ({enum_name(v1.BackendKind, model.route.backend_kind)})")
         print(f"why:     {one_line(model.route.reason)}")
+        if model.HasField("memory_bytes"):
+            print(f"memory:  about {model.memory_bytes / 1e6:.0f} MB once loaded, every context full")
+    if model.fallbacks and not arguments.json:
+        print(f"else:    {one_line(', then '.join(model.fallbacks))}")
     return FAILED if model.problem else OK

@@ -34,6 +34,7 @@ def _plain(facts: ModelFacts, path: Path, head: Path | None) -> dict[str, Any]:
         "quantization": facts.quantization,
         "context_length": facts.context_length,
         "size_bytes": facts.size_bytes,
+        "cache_bytes_per_token": facts.cache_bytes,
         "problem": facts.problem,
         "capabilities": {
             capability.value: {"supported": fact.supported, "evidence": fact.evidence}
@@ -52,11 +53,12 @@ def _lines(facts: ModelFacts, path: Path) -> list[str]:
     if facts.problem:
         return [one_line(f"{path}: cannot be served: {facts.problem}")]
     size = f"{facts.size_bytes / 1e6:.1f} MB" if facts.size_bytes is not None else "size not known"
+    cache = f", {facts.cache_bytes / 1e3:.1f} kB of cache a token" if facts.cache_bytes is not None else ""
     marks = {True: "yes", False: "no", None: "unknown"}
     return [
         one_line(
             f"{path}: {facts.architecture} {facts.format.value}, quantization {facts.quantization or 'not known'}, "
-            f"{size}, context {facts.context_length or 'not known'}"
+            f"{size}, context {facts.context_length or 'not known'}{cache}"
         ),
         *(
             f"  {capability.value:<13} {marks[fact.supported]:<8} {one_line(fact.evidence)}"

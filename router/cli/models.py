@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         for model in models:
             print("\t".join(_row(model)))
     if not models:
-        print("no models; `mtp-router pull smollm2` fetches one, then restart the server")
+        print("no models; `mtp-router pull smollm2` fetches one, and `mtp-router refresh` tells the server")
     for model in models:
         for line in _remarks(model, evidence=arguments.evidence):
             console.print(Text(line), soft_wrap=True)
@@ -69,6 +69,10 @@ def _remarks(model: v1.Model, *, evidence: bool) -> Iterable[str]:
     if not evidence:
         return
     yield one_line(f"{model.name}: {model.route.reason}")
+    if model.HasField("memory_bytes"):
+        yield f"  in memory    about {model.memory_bytes / 1e6:.0f} MB once loaded, every context full"
+    if model.fallbacks:
+        yield "  fallbacks    " + one_line(", ".join(model.fallbacks))
     for report in model.capabilities:
         name = enum_name(v1.Capability, report.capability)
         yield f"  {name:<13}{MARKS.get(report.support, 'unknown'):<9}" + one_line(report.evidence)

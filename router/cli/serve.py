@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from pydantic import ValidationError
-
-from router.cli.connection import describe_settings, read_settings
-from router.cli.failures import UsageError
-from router.settings import ServerSettings, Settings
+from router.cli.connection import checked_settings
+from router.settings import ServerSettings, Settings, load_settings
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT; the exit status is the server's."""
-    settings = read_settings(arguments)
-    if arguments.listen is not None:
-        settings = _listen_at(settings, arguments.listen)
+
+    def load() -> Settings:
+        settings = load_settings(arguments.config)
+        if arguments.listen is None:
+            return settings
+        server = ServerSettings(**{**settings.server.model_dump(), "listen": arguments.listen})
+        return settings.model_copy(update={"server": server})
+
+    settings = checked_settings(load)
     from router.server import serve  # loads the backends, which no other command needs
 
-    return serve(settings, announce_json=arguments.json)
-
-
-def _listen_at(settings: Settings, address: str) -> Settings:
-    try:
-        server = ServerSettings(**{**settings.server.model_dump(), "listen": address})
-    except ValidationError as error:
-        raise UsageError(describe_settings(error)) from None
-    return settings.model_copy(update={"server": server})
+    return serve(settings, load, announce_json=arguments.json)

@@ -125,6 +125,10 @@ class NonFiniteLogitsError(RouterCallError):
     """NON_FINITE_LOGITS: the model's logits were not finite."""
 
 
+class SettingsInvalidError(RouterCallError):
+    """SETTINGS_INVALID: the server's settings cannot be read any more; everything stays as it was."""
+
+
 class CallCancelledError(RouterCallError):
     """The call was cancelled, here or by the server, before it ended."""
 
@@ -154,6 +158,7 @@ BY_REASON: dict[str, type[RouterCallError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "INTERNAL": InternalError,
     "NON_FINITE_LOGITS": NonFiniteLogitsError,
+    "SETTINGS_INVALID": SettingsInvalidError,
 }
 # gRPC ends such calls by itself, mostly on this side, so there is no ErrorInfo to go by.
 BY_CODE: dict[grpc.StatusCode, type[RouterCallError]] = {

@@ -21,6 +21,7 @@ RETRIED_METHODS = (
     "AdminService/PreloadModel",
     "AdminService/UnloadModel",
     "AdminService/ListBackends",
+    "AdminService/RefreshModels",
 )
 
 MIB = 2**20

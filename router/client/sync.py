@@ -195,5 +195,10 @@ class Client:
         with typed_errors():
             return self._admin.ListBackends(v1.ListBackendsRequest(), timeout=self._timeout(deadline)).backends
 
+    def refresh(self, *, deadline: float | None = None) -> v1.RefreshModelsResponse:
+        """Has the server look for models again; tells what is different now."""
+        with typed_errors():
+            return self._admin.RefreshModels(v1.RefreshModelsRequest(), timeout=self._timeout(deadline))
+
     def _timeout(self, deadline: float | None) -> float:
         return self._deadline if deadline is None else deadline

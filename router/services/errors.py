@@ -35,6 +35,7 @@ CODES: dict[ErrorReason, grpc.StatusCode] = {
     ErrorReason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     ErrorReason.INTERNAL: grpc.StatusCode.INTERNAL,
     ErrorReason.NON_FINITE_LOGITS: grpc.StatusCode.INTERNAL,
+    ErrorReason.SETTINGS_INVALID: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 

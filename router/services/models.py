@@ -48,7 +48,7 @@ class ModelService(v1.ModelServiceServicer):
 
 async def describe(dispatcher: Dispatcher, entry: ModelEntry) -> v1.Model:
     """A model as it stands now."""
-    return render.model(*await dispatcher.look(entry))
+    return render.model(await dispatcher.look(entry))
 
 
 def _encode_token(name: str) -> str:

@@ -8,15 +8,13 @@ from typing import Any
 from google.protobuf import duration_pb2
 from mtp_router.generate import v1
 
-from router.catalog import ModelEntry
-from router.dispatch import Answer
+from router.dispatch import Answer, Look
 from router.domain import (
     BackendStatus,
     Delta,
     Finished,
     GenerationRequest,
     Loading,
-    ModelState,
     Progress,
     Queued,
     Route,
@@ -47,6 +45,9 @@ def route(value: Route) -> v1.Route:
         backend=value.backend,
         backend_kind=_enum(value.kind, "BACKEND_KIND_"),
         reason=value.reason,
+        fallback_cause=_enum(value.fallback_cause, "ERROR_REASON_")
+        if value.fallback_cause
+        else v1.ERROR_REASON_UNSPECIFIED,
     )
 
 
@@ -145,13 +146,19 @@ def finished(answer: Answer, event: Finished) -> v1.GenerationFinished:
 def _speculation(event: Finished) -> v1.SpeculationStatistics:
     statistics = event.speculation
     name = "UNSPECIFIED" if statistics.source.name == "UNKNOWN" else statistics.source.name
-    return v1.SpeculationStatistics(
+    message = v1.SpeculationStatistics(
         source=getattr(v1, f"DRAFT_SOURCE_{name}"),
         rounds=statistics.rounds,
         drafted_tokens=statistics.drafted_tokens,
         accepted_tokens=statistics.accepted_tokens,
         positions=[v1.PositionStatistics(drafted=drafted, accepted=kept) for drafted, kept in statistics.positions],
+        depths=statistics.depths,
     )
+    if statistics.times is not None:
+        message.draft.CopyFrom(duration(statistics.times.draft))
+        message.verify.CopyFrom(duration(statistics.times.verify))
+        message.commit.CopyFrom(duration(statistics.times.commit))
+    return message
 
 
 def progress(event: Progress) -> v1.GenerationProgress:
@@ -170,14 +177,14 @@ def load_progress(event: Loading) -> v1.LoadProgress:
     return v1.LoadProgress(fraction=event.fraction)
 
 
-def model(entry: ModelEntry, where: Route | None, state: ModelState, problem: str) -> v1.Model:
-    """A configured model; `where` None and `problem` for one that cannot be served."""
-    facts = entry.facts
+def model(look: Look) -> v1.Model:
+    """A configured model as it was found."""
+    entry, where, facts = look.entry, look.route, look.entry.facts
     return v1.Model(
         name=entry.name,
         aliases=entry.aliases,
         route=route(where) if where else None,
-        state=_enum(state, "MODEL_STATE_"),
+        state=_enum(look.state, "MODEL_STATE_"),
         capabilities=[
             v1.CapabilityReport(
                 capability=_enum(capability, "CAPABILITY_"),
@@ -190,7 +197,9 @@ def model(entry: ModelEntry, where: Route | None, state: ModelState, problem: st
         architecture=facts.architecture,
         quantization=facts.quantization,
         size_bytes=facts.size_bytes,
-        problem=problem,
+        problem=look.problem,
+        memory_bytes=look.memory_bytes,
+        fallbacks=entry.settings.fallbacks,
     )
 
 

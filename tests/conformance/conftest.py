@@ -14,20 +14,17 @@ ON_GPU = mx.default_device().type == mx.gpu
 if not ON_GPU:
     mx.disable_compile()  # as the engine does there
 
-PROMISES: list[tuple[str, str, int, str]] = []
-MUTATIONS: list[tuple[str, str]] = []
-
 
 @pytest.fixture
-def establish() -> Callable[[str, str, int, str], None]:
+def establish(request: pytest.FixtureRequest) -> Callable[[str, str, int, str], None]:
     """establish(promise, what was checked, number of cases, worst figure)."""
-    return lambda *row: PROMISES.append(row)
+    return lambda *row: request.node.user_properties.append(("promise", row))
 
 
 @pytest.fixture
 def caught(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """caught(planted bug, the check that failed)."""
-    return lambda *row: MUTATIONS.append(row)
+    return lambda *row: request.node.user_properties.append(("bug", row))
 
 
 def _table(terminal: pytest.TerminalReporter, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -40,9 +37,18 @@ def _table(terminal: pytest.TerminalReporter, title: str, head: tuple[str, ...],
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [(promise, what, str(cases), worst) for promise, what, cases, worst in PROMISES]
-    _table(terminalreporter, "conformance", ("promise", "checked", "cases", "worst figure"), rows)
-    _table(terminalreporter, "planted bugs", ("bug", "caught by"), MUTATIONS)
+    """What the tests told travels in their reports, from whichever process ran them."""
+    told = [
+        pair
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for pair in report.user_properties
+    ]
+    promises = sorted(tuple(str(cell) for cell in row) for kind, row in told if kind == "promise")
+    bugs = sorted(tuple(row) for kind, row in told if kind == "bug")
+    _table(terminalreporter, "conformance", ("promise", "checked", "cases", "worst figure"), promises)
+    _table(terminalreporter, "planted bugs", ("bug", "caught by"), bugs)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from mlx_mtp_backend.cache import DeltaCache, KVCache, LayerCache
 from mlx_mtp_backend.drafters import Drafter, HeadDrafter, ScriptedDrafter
 from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.processors import Processors
 from mlx_mtp_backend.sequence import Sequence
 
 CHUNK = 16
@@ -50,6 +51,10 @@ def start(
     return sequence.start(model, tuple(prompt), sampling=sampling, seed=seed, rule=rule, depth=depth, limit=limit)
 
 
+# The logits processors of a request whose prompt these tokens are.
+Processing = Callable[[Many[int]], Processors | None]
+
+
 def prefill(model: Model, one: Sequence, chunk: int = CHUNK) -> None:
     while one.prefilling:
         rounds.prefill_chunk(model, one, chunk)
@@ -71,12 +76,14 @@ def generate(
     depth: int,
     seed: int = 11,
     rule: Rule = Rule.COUPLING,
+    processing: Processing = lambda _: None,
 ) -> list[Sequence]:
     running = [
         start(model, prompt, new, sampling=sampling, seed=seed + i, rule=rule, depth=depth)
         for i, prompt in enumerate(prompts)
     ]
     for one in running:
+        one.processors = processing(one.tokens)
         prefill(model, one)
     finish(model, drafter, running)
     return running

@@ -60,6 +60,19 @@ def transformed_pairs() -> dict[str, tuple[mx.array, mx.array, Sampling]]:
     }
 
 
+def penalised(logits: np.ndarray, sampling: Sampling, history: list[int]) -> np.ndarray:
+    """Bias and penalties by definition, token by token, in float32 as the engine computes."""
+    one = np.float32
+    changed = logits.astype(one)
+    for token, bias in sampling.logit_bias:
+        changed[token] += one(bias)
+    for token in set(history):
+        logit, penalty = changed[token], one(sampling.repetition_penalty)
+        taken = one(history.count(token)) * one(sampling.frequency_penalty) + one(sampling.presence_penalty)
+        changed[token] = (logit / penalty if logit > 0 else logit * penalty) - taken
+    return changed
+
+
 def repeat(law: Law, rows: int) -> Law:
     ids = None if law.ids is None else mx.repeat(law.ids, rows, axis=0)
     return Law(mx.repeat(law.logp, rows, axis=0), ids)

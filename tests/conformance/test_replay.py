@@ -7,10 +7,12 @@ import itertools
 
 import pytest
 
-from mlx_mtp_backend import rounds
-from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend import grammar, penalties, processors, rounds
+from mlx_mtp_backend.api import FormatKind, GenerateParams, ResponseFormat, Rule, Sampling
 from mlx_mtp_backend.cache import delta, kv
 from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.processors import processors_of
+from mlx_mtp_backend.text import load_text
 from tests.conformance import decode
 from tests.conformance.planting import planted
 
@@ -24,12 +26,31 @@ SAMPLINGS = {
     "1.0": Sampling(1.0),
 }
 DRAFTERS = [0.0, 0.5, 0.9, 1.0, "head"]
+# Everything at once. Tokens that came often are favoured, so that two rows of a pass often differ by its draft.
+EVERYTHING = Sampling(
+    temperature=0.8,
+    top_k=30,
+    top_p=0.95,
+    min_p=0.01,
+    repetition_penalty=1.2,
+    presence_penalty=1.0,
+    frequency_penalty=-2.0,
+    logit_bias=((41, 4.0), (82, 4.0), (2, 9.0), (410, -5.0)),  # 2 ends a reply
+)
+FORMATS = {
+    "free text": None,
+    "JSON": ResponseFormat(
+        FormatKind.JSON_SCHEMA, '{"type": "array", "items": {"enum": [true, 7, "a"]}, "minItems": 4}'
+    ),
+    "expression": ResponseFormat(FormatKind.REGEX, r"([a-z]+[ ,.]){2,20}"),
+}
 
 
-def plain(model, sampling, prompts=PROMPTS, new=NEW):
+def plain(model, sampling, prompts=PROMPTS, new=NEW, processing=lambda _: None):
     """Each prompt alone, without drafts."""
+    alone = {"sampling": sampling, "depth": 0, "processing": processing}
     return [
-        decode.generate(model, [prompt], new, HeadDrafter(model), sampling=sampling, depth=0, seed=11 + i)[0]
+        decode.generate(model, [prompt], new, HeadDrafter(model), seed=11 + i, **alone)[0]
         for i, prompt in enumerate(prompts)
     ]
 
@@ -39,20 +60,64 @@ def references(history_model):
     return {name: plain(history_model, sampling) for name, sampling in SAMPLINGS.items()}
 
 
-def wrong_tokens(model, references, sampling, depth, kind) -> int:
+def everything(text, wanted: ResponseFormat | None) -> decode.Processing:
+    """Every logits processor, in this format."""
+
+    def made(prompt):
+        params = GenerateParams("history", tuple(prompt), sampling=EVERYTHING, min_tokens=6)
+        return processors_of(params, text.end_tokens, text.compile(wanted) if wanted else None)
+
+    return made
+
+
+def wrong_tokens(model, references, sampling, depth, kind, processing=lambda _: None) -> int:
     """Of the prompts decoded together, how many do not give their plain tokens."""
     drafter = HeadDrafter(model) if kind == "head" else decode.scripted(model, references, kind)
-    together = decode.generate(model, PROMPTS, NEW, drafter, sampling=sampling, depth=depth)
+    together = decode.generate(
+        model, PROMPTS[: len(references)], NEW, drafter, sampling=sampling, depth=depth, processing=processing
+    )
     return sum(one.tokens != reference.tokens for one, reference in zip(together, references, strict=True))
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
 def test_the_same_tokens_whatever_the_drafts(history_model, references, name, depth, establish):
-    wrong = {kind: wrong_tokens(history_model, references[name], SAMPLINGS[name], depth, kind) for kind in DRAFTERS}
-    cases = len(DRAFTERS) * len(PROMPTS)
-    establish("replay", f"temperature {name}, depth {depth}, five drafters", cases, f"{sum(wrong.values())} differ")
+    kinds = DRAFTERS if depth else ["head"]  # which no one asks at depth 0
+    wrong = {kind: wrong_tokens(history_model, references[name], SAMPLINGS[name], depth, kind) for kind in kinds}
+    cases = len(kinds) * len(PROMPTS)
+    what = f"temperature {name}, depth {depth}, {len(kinds)} drafters"
+    establish("replay", what, cases, f"{sum(wrong.values())} differ")
     assert not any(wrong.values())
+
+
+@pytest.fixture(scope="module")
+def processed_references(history, history_model):
+    """Replies to the first prompts with every processor on, in each format."""
+    text = load_text(history)
+    return {
+        name: plain(history_model, EVERYTHING, PROMPTS[:3], processing=everything(text, wanted))
+        for name, wanted in FORMATS.items()
+    }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_tokens_with_every_processor_on(history, history_model, processed_references, name, establish):
+    """Penalties, bias, min_tokens and formats, drafted and not; then beside sequences that have none of them."""
+    processing = everything(load_text(history), FORMATS[name])
+    references = processed_references[name]
+    cells = [(0, "head"), (2, 0.5), (2, 1.0), (2, "head")]
+    wrong = [wrong_tokens(history_model, references, EVERYTHING, *cell, processing) for cell in cells]
+    establish("replay", f"all processors, {name}, depth 0 and 2", len(cells) * len(references), f"{sum(wrong)} differ")
+    assert not any(wrong)
+    one, plainly = (
+        decode.start(history_model, PROMPTS[2], NEW, sampling=EVERYTHING, seed=seed, rule=Rule.COUPLING, depth=2)
+        for seed in (13, 4)
+    )
+    one.processors = processing(PROMPTS[2])
+    for each in (plainly, one):
+        decode.prefill(history_model, each)
+    decode.finish(history_model, HeadDrafter(history_model), [plainly, one])
+    assert one.tokens == references[2].tokens
 
 
 def test_the_references_are_not_all_alike(references):
@@ -104,7 +169,7 @@ def test_depth_may_change_in_mid_reply(history_model, references):
             break
         one.depth = depth
         rounds.run_round(history_model, HeadDrafter(history_model), [one])
-        held = one.head[0].offset + one.pending.shape[0]
+        held = one.head[0].offset + one.pending_rows
         assert held == len(one.tokens) - 1
     assert one.tokens == reference.tokens
 
@@ -138,6 +203,46 @@ BUGS = [
     ("conv window not rolled back", delta, "self.conv = tape.conv_input[:, keep : keep + self._window]", "pass"),
     ("one accepted row too many kept", rounds, "sequence.trunk, len(tokens))", "sequence.trunk, len(tokens) + 1)"),
 ]
+
+
+PROCESSOR_BUGS = [
+    (
+        "penalties of row 0 used for all rows",
+        penalties,
+        "(mx.arange(rows) + (length + 1 - rows))",
+        "(mx.zeros(rows) + (length + 1 - rows))",
+        "free text",
+    ),
+    ("penalties forget the reply", rounds, "sequence.processors.commit(tokens)", "pass", "free text"),
+    ("min_tokens counted from the round", processors, "self._generated += len(tokens)", "pass", "free text"),
+    (
+        "grammar state of row 0 used for all rows",
+        processors,
+        "mask = _widened(grammar.mask(drafts[:length]), vocab_size)",
+        "mask = _widened(grammar.mask(drafts[: len(drafts) + 1 - rows]), vocab_size)",
+        "JSON",
+    ),
+    (
+        "grammar moved on by drafts that fell",
+        grammar,
+        "after = place.matcher.deep_copy()",
+        "after = place.matcher",
+        "JSON",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("bug", "module", "old", "new", "name"), PROCESSOR_BUGS, ids=[bug[0] for bug in PROCESSOR_BUGS]
+)
+def test_a_planted_processor_bug_is_caught(
+    bug, module, old, new, name, history, history_model, processed_references, caught
+):
+    with planted(module, old, new):
+        processing = everything(load_text(history), FORMATS[name])
+        wrong = wrong_tokens(history_model, processed_references[name], EVERYTHING, 2, 0.5, processing)
+    assert wrong
+    caught(bug, f"test_the_same_tokens_with_every_processor_on: {wrong} of 3 replies differ")
 
 
 @pytest.mark.parametrize(("bug", "module", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])

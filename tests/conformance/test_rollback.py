@@ -77,7 +77,7 @@ def wrong_after_rounds(model, acceptance: float, depth: int = 4, new: int = 20) 
     for one, reference in zip(drafted, plain, strict=True):
         wrong += ["tokens"] if one.tokens != reference.tokens else []
         wrong += [f"trunk {n}" for n in decode.differing(decode.contents(one.trunk), decode.contents(reference.trunk))]
-        ran = len(one.tokens) - 1 - one.pending.shape[0]
+        ran = len(one.tokens) - 1 - one.pending_rows
         held = decode.contents(one.head)
         if int(held["0.offset"]) != ran:
             wrong += ["head 0.offset"]
@@ -111,7 +111,7 @@ def test_a_round_that_fails_to_build_leaves_every_sequence_as_it_was(history_mod
         history_model, [PREFIX, PREFIX[:9]], 6, HeadDrafter(history_model), sampling=Sampling(0.8), depth=3
     )
     one.limit = two.limit = 100
-    before = [(decode.contents(s.caches), list(s.tokens), s.rounds, s.pending.shape) for s in (one, two)]
+    before = [(decode.contents(s.caches), list(s.tokens), s.rounds, s.pending_rows) for s in (one, two)]
     calls = []
 
     class Failing:
@@ -134,7 +134,7 @@ def test_a_round_that_fails_to_build_leaves_every_sequence_as_it_was(history_mod
         failing.fails_at = stage
         with pytest.raises(ValueError, match="planted"):
             rounds.run_round(failing, HeadDrafter(failing), [one, two])
-        after = [(decode.contents(s.caches), list(s.tokens), s.rounds, s.pending.shape) for s in (one, two)]
+        after = [(decode.contents(s.caches), list(s.tokens), s.rounds, s.pending_rows) for s in (one, two)]
         for was, now in zip(before, after, strict=True):
             assert was[1:] == now[1:]
             assert decode.differing(was[0], now[0]) == []
@@ -179,12 +179,12 @@ BUGS = [
     ("GDN replay of one row too many", delta, "rows[:, :keep]", "rows[:, : keep + 1]"),
     ("conv window not rolled back", delta, "self.conv = tape.conv_input[:, keep : keep + self._window]", "pass"),
     ("conv window one row late", delta, "keep : keep + self._window", "keep + 1 : keep + 1 + self._window"),
-    ("head cache not rolled back", rounds, "cache.commit(sequence.head, sequence.pending.shape[0])", "pass"),
+    ("head cache not rolled back", rounds, "cache.commit(sequence.head, sequence.pending_rows)", "pass"),
     (
         "head keeps a row computed from its own output",
         rounds,
-        "cache.commit(sequence.head, sequence.pending.shape[0])",
-        "cache.commit(sequence.head, sequence.pending.shape[0] + (len(drafts) > 1))",
+        "cache.commit(sequence.head, sequence.pending_rows)",
+        "cache.commit(sequence.head, sequence.pending_rows + (len(drafts) > 1))",
     ),
     (
         "head fed the hiddens of rejected rows",

@@ -29,6 +29,25 @@ def test_a_template_renders_as_transformers_does(pass_through, variables, add):
     assert text.encode(expected) == peer.encode(expected, add_special_tokens=False)
 
 
+def test_boundaries_are_where_other_prompts_part(pass_through):
+    """Behind the system message for another chat, behind the last message for the next turn: never too far."""
+    text = load_text(pass_through)
+
+    def prompt(messages):
+        rendered = text.render(messages)
+        tokens = text.encode(rendered)
+        return tokens, text.boundaries(messages, rendered, tokens)
+
+    tokens, (system, last) = prompt(MESSAGES)
+    other_chat, _ = prompt([MESSAGES[0], {"role": "user", "content": "Something else"}])
+    next_turn, _ = prompt([*MESSAGES, {"role": "assistant", "content": "Fine."}, {"role": "user", "content": "Sure?"}])
+    assert tokens[:system] == other_chat[:system]
+    assert tokens[:last] == next_turn[:last]
+    assert 5 < system < last < len(tokens)
+    assert len(text.decode(tokens[last:])) < 20
+    assert len(prompt(MESSAGES[1:])[1]) == 1  # without a system message there is one boundary
+
+
 def test_a_template_may_refuse_and_may_not_escape(pass_through, tmp_path):
     folder = shutil.copytree(pass_through, tmp_path / "copy")
     for template in (

@@ -169,7 +169,7 @@ def test_without_a_gpu_the_stock_model_stays(stock: Qwen35) -> None:
         next(fused_or_stock(stock, Registry()))
     model, reason = end.value.value
     assert model is stock
-    assert reason == "the step through the kernels is for CUDA, this is cpu"
+    assert reason == "no GPU: the step through the kernels is for CUDA and Metal"
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,30 @@ def test_the_most_strings_allowed_are_passed_over_in_bounded_time(tmp_path: Path
     assert time.thread_time() - started < SECONDS
 
 
+SIZES = {"block_count": 4, "embedding_length": 64, "attention.head_count": 8, "attention.head_count_kv": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cache"),
+    [
+        (SIZES, 4 * 2 * (8 + 8) * 2),  # layers x heads x (keys + values) x bytes
+        ({**SIZES, "attention.key_length": 16, "attention.value_length": 32}, 4 * 2 * (16 + 32) * 2),
+        ({**SIZES, "attention.head_count_kv": None}, 4 * 8 * (8 + 8) * 2),
+        ({**SIZES, "attention.head_count_kv": (0, 2, 0, 2)}, 2 * 2 * (8 + 8) * 2),
+        ({**SIZES, "block_count": 9, "full_attention_interval": 4, "nextn_predict_layers": 1}, 3 * 2 * (8 + 8) * 2),
+        ({**SIZES, "attention.kv_lora_rank": 512, "rope.dimension_count": 64}, 4 * 576 * 2),
+        ({**SIZES, "attention.head_count_kv": (0, 2, -1)}, None),
+        ({**SIZES, "attention.head_count_kv": "two"}, None),
+        ({**SIZES, "block_count": 2**40}, None),
+        ({**SIZES, "embedding_length": None}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_token_of_context_takes(sizes: dict[str, object], cache: int | None) -> None:
+    keys = {f"llama.{key}": value for key, value in sizes.items() if value is not None}
+    assert reader.gguf_cache_bytes({"general.architecture": "llama", **keys}) == cache
+
+
 def test_many_stored_strings_are_refused(read) -> None:  # type: ignore[no-untyped-def]
     entries = [entry(f"k{i}", 8, string(b"x" * 2**20)) for i in range(9)]
     with pytest.raises(GgufError, match="strings hold over"):

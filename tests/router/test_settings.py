@@ -45,6 +45,8 @@ def test_model_paths_start_at_the_settings_file(tmp_path: Path) -> None:
         ("[models.'a b']\npath='x'\n", "pattern"),
         ("[models.a]\npath='x'\naliases=['b']\n[models.b]\npath='y'\n", "stands for both"),
         ("[models.a]\npath='x'\nbackend='nowhere'\n", "no backend 'nowhere'"),
+        ("[models.a]\npath='x'\nfallbacks=['a']\n", "cannot answer in its own place"),
+        ("[models.a]\npath='x'\naliases=['b']\nfallbacks=['b']\n", "cannot answer in its own place"),
         ("[backends.x]\nkind='vllm'\n", "vllm"),
         ("[server]\nlisten='0.0.0.0:1'\n", "allow_remote"),
         ("[server]\nlisten='[::]:1'\n", "allow_remote"),

@@ -99,6 +99,7 @@ class FakeRouter(v1.GenerateServiceServicer, v1.ModelServiceServicer, v1.AdminSe
         self.requests: list[Any] = []
         self.call_ended = threading.Event()
         self.address = ""
+        self.refreshed = v1.RefreshModelsResponse()
         self.models = [
             v1.Model(
                 name=f"model-{number}",
@@ -108,6 +109,8 @@ class FakeRouter(v1.GenerateServiceServicer, v1.ModelServiceServicer, v1.AdminSe
                 architecture="llama",
                 quantization="Q4_1",
                 size_bytes=98_362_432,
+                memory_bytes=475_849_728,
+                fallbacks=["spare"],
                 capabilities=[
                     v1.CapabilityReport(
                         capability=v1.CAPABILITY_CHAT,
@@ -156,6 +159,10 @@ class FakeRouter(v1.GenerateServiceServicer, v1.ModelServiceServicer, v1.AdminSe
     def UnloadModel(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
         return v1.UnloadModelResponse(model=v1.Model(name=request.name, state=v1.MODEL_STATE_COLD))
+
+    def RefreshModels(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return self.refreshed
 
     def ListBackends(self, request: Any, context: Any) -> Any:
         return v1.ListBackendsResponse(backends=[v1.Backend(name="local", kind=v1.BACKEND_KIND_LLAMA_CPP)])

@@ -37,6 +37,17 @@ PLAIN_TEMPLATE = (
 )
 
 
+# Takes functions and their results, and calls in the words of Qwen's templates.
+TOOL_TEMPLATE = (
+    "{% if tools %}<|tools|>{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    'Call with <tool_call>{"name": ..., "arguments": ...}</tool_call>{% endif %}'
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for c in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
 def byte_level(data: bytes) -> str:
     """Bytes in the printable alphabet of GPT-2's byte-level tokenizers."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

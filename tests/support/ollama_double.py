@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         if "faults" in wanted:
             self.state.faults = Faults(**wanted["faults"])
         if "digest" in wanted:
-            MODELS[wanted["tag"]].digest = wanted["digest"]
+            MODELS.setdefault(wanted["tag"], Model()).digest = wanted["digest"]
         if "capabilities" in wanted:
             MODELS[wanted["tag"]].capabilities = tuple(wanted["capabilities"])
         shown = {name: getattr(self.state, name) for name in ("requests", "left", "running", "loads")}
@@ -243,8 +243,11 @@ class Handler(BaseHTTPRequestHandler):
         info = {
             "general.architecture": model.family,
             "general.parameter_count": 134515008,
+            f"{model.family}.attention.head_count": 9,
+            f"{model.family}.attention.head_count_kv": 3,
             f"{model.family}.block_count": 30,
             f"{model.family}.context_length": model.context,
+            f"{model.family}.embedding_length": 576,
             "tokenizer.ggml.tokens": None,
         }
         if model.heads:

@@ -15,6 +15,7 @@ from router.domain import (
     CapabilityFact,
     Delta,
     Drafting,
+    ErrorReason,
     Event,
     Finished,
     FinishReason,
@@ -23,6 +24,7 @@ from router.domain import (
     ModelFacts,
     ModelState,
     Offer,
+    RouterError,
     Started,
     TokenCount,
     Usage,
@@ -65,6 +67,7 @@ class ScriptedBackend:
     name: str = "scripted"
     kind: BackendKind = BackendKind.LLAMA_CPP
     fields: frozenset[str] = ALL_FIELDS
+    parallel: int = 2
     fixed_depth: int | None = None
     drafts: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -73,6 +76,7 @@ class ScriptedBackend:
     closed: bool = False
     state: BackendState = BackendState.READY
     listeners: list[Callable[[BackendStatus], None]] = field(default_factory=list)
+    in_memory: dict[str, ModelState] = field(default_factory=dict)  # READY where it is not told
 
     async def start(self) -> None: ...
 
@@ -94,7 +98,7 @@ class ScriptedBackend:
             listener(self.status())
 
     def model_state(self, model: ModelEntry) -> ModelState:
-        return ModelState.READY
+        return self.in_memory.get(model.name, ModelState.READY)
 
     def drafting(self, model: ModelEntry) -> Drafting | None:
         return Drafting(self.fixed_depth) if self.drafts else None
@@ -125,7 +129,10 @@ class ScriptedBackend:
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         yield Loading(0.5)
 
-    async def unload(self, model: ModelEntry, *, force: bool) -> None: ...
+    async def unload(self, model: ModelEntry, *, force: bool) -> None:
+        if self.running and not force:
+            raise RouterError(ErrorReason.CAPABILITY_UNAVAILABLE, "it is in use")
+        self.in_memory[model.name] = ModelState.COLD
 
 
 def facts(**overrides: object) -> ModelFacts:

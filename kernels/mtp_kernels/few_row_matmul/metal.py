@@ -1,4 +1,4 @@
-"""The few-row matmul on Metal; unproved, and run only after the registry's checks."""
+"""The few-row matmul on Metal; unproved on a Mac, and run only after the registry's checks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,31 @@ import mlx.core as mx
 
 from ..launch import METAL_TYPES, metal_launch, source_text
 from .reference import Matrix
+from .variants import Variant, variant_for
+
+_END = """
+  float value = few_row::joined<NORM>(tile, lane);
+"""
+_JOIN_SPLITS = """
+  threadgroup float shares[TILES][SPLITS][32];
+  shares[simdgroup_index_in_threadgroup / SPLITS][split][lane] = value;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (split != 0) return;
+  for (int s = 1; s < SPLITS; ++s) value += shares[simdgroup_index_in_threadgroup / SPLITS][s][lane];
+"""
+_NORM = """
+  const float square = simd_shuffle(value, ushort(min(ROWS * STREAMS + lane / STREAMS, 31)));
+  value *= rsqrt(square * (1.0f / K) + EPS);
+"""
+_SWIGLU = """
+  const float up = simd_shuffle(value, ushort(min(lane + OUTPUTS, 31)));
+  value = few_row::silu(value) * up;
+"""
+_STORE = """
+  const int m = lane / STREAMS, s = lane % STREAMS;
+  if (m >= ROWS || s >= OUTPUTS || first + s > last) return;
+  const int at = m * COLUMNS + column + s;
+"""
 
 
 def launch(
@@ -20,76 +45,91 @@ def launch(
     out_dtype: mx.Dtype,
 ) -> mx.array:
     """One launch for at most 8 rows; arguments are checked by the caller."""
-    rows, inputs = x.shape
+    rows = x.shape[0]
+    features = matrices[0].features if swiglu else sum(m.features for m in matrices)
+    variant = variant_for(matrices, norm=norm_weight is not None, swiglu=swiglu, residual=residual is not None)
+    outputs = variant.outputs(rows, norm=norm_weight is not None, swiglu=swiglu)
+    tiles = [-(-m.features // outputs) for m in (matrices[:1] if swiglu else matrices)]
     names, arrays = ["x"], [x]
     for i, m in enumerate(matrices):
         names += [f"w{i}", f"s{i}", f"b{i}"] if m.scales is not None else [f"w{i}"]
-        arrays += m.arrays()
+        # Words of 32 bits: two dense values make one.
+        arrays += [m.weight.view(mx.uint32), *m.arrays()[1:]]
     for name, array in (("norm_weight", norm_weight), ("residual", residual)):
         if array is not None:
             names.append(name)
             arrays.append(array)
-    features = matrices[0].features if swiglu else sum(m.features for m in matrices)
-    kind = METAL_TYPES[x.dtype]
-    chosen = "gate and up" if swiglu else "its matrix"
-    body = f"""
-  const uint lane = thread_index_in_simdgroup;
-  const int feature = int(thread_position_in_grid.x / 32);
-  int row = feature;  // of {chosen}
-{_products(matrices, kind, rows, inputs, norm_weight is not None, swiglu)}
-  for (int m = 0; m < {rows}; ++m) {{
-    float value = few_row::tree(sums[m]);
-    {_norm(norm_weight is not None, inputs, eps, "value")}
-    {_up(swiglu, norm_weight is not None, inputs, eps)}
-    if (lane == 0) {{
-      {"value += float(residual[m * " + str(features) + " + feature]);" if residual is not None else ""}
-      y[m * {features} + feature] = {METAL_TYPES[out_dtype]}(value);
-    }}
-  }}
-"""
+    out = METAL_TYPES[out_dtype]
+    body = "".join(
+        [
+            _constants(x, matrices, norm_weight is not None, eps, swiglu, features, variant, outputs),
+            _products(matrices, swiglu, tiles, norm_weight is not None),
+            _END,
+            _JOIN_SPLITS if variant.splits > 1 else "",
+            _NORM if norm_weight is not None else "",
+            _SWIGLU if swiglu else "",
+            _STORE,
+            f"  y[at] = {out}(value{' + float(residual[at])' if residual is not None else ''});\n",
+        ]
+    )
     kernel = metal_launch("few_row_matmul", source_text(__file__, "kernel.metal"), body, tuple(names), ("y",))
     (y,) = kernel(
         inputs=arrays,
         output_shapes=[(rows, features)],
         output_dtypes=[out_dtype],
-        grid=(features * 32, 1, 1),
-        threadgroup=(32, 1, 1),
+        grid=(sum(tiles) * variant.splits * 32, 1, 1),
+        threadgroup=(variant.tiles * variant.splits * 32, 1, 1),
     )
     return y
 
 
-def _products(matrices: Sequence[Matrix], kind: str, rows: int, inputs: int, norm: bool, swiglu: bool) -> str:
-    """Statements that fill `sums` (and `ups`): of the one matrix that holds the feature, or of gate and up."""
-    text = f"  float sums[{rows}] = {{}}, squares[{rows}] = {{}};"
+def _constants(
+    x: mx.array,
+    matrices: Sequence[Matrix],
+    norm: bool,
+    eps: float,
+    swiglu: bool,
+    features: int,
+    variant: Variant,
+    outputs: int,
+) -> str:
+    rows, inputs = x.shape
+    first = matrices[0]
+    return f"""
+  using T = {METAL_TYPES[x.dtype]};
+  constexpr int BITS = {first.bits}, GROUP = {first.group_size or inputs}, K = {inputs}, COLUMNS = {features};
+  constexpr int ROWS = {rows}, OUTPUTS = {outputs}, STREAMS = {outputs * (1 + swiglu)};
+  constexpr int WORDS = {variant.words}, SPLITS = {variant.splits}, TILES = {variant.tiles};
+  constexpr bool NORM = {str(norm).lower()}, PAIRS = {str(swiglu).lower()};
+  constexpr float EPS = {eps!r}f;
+  const int lane = thread_index_in_simdgroup;
+  const int split = simdgroup_index_in_threadgroup % SPLITS;
+  int number = int(threadgroup_position_in_grid.x) * TILES + simdgroup_index_in_threadgroup / SPLITS;
+  int first = 0, last = -1, column = 0;  // first and last feature of the tile's matrix, first column of y
+  few_row::Tile<ROWS, STREAMS> tile;
+"""
+
+
+def _products(matrices: Sequence[Matrix], swiglu: bool, tiles: Sequence[int], norm: bool) -> str:
+    """Statements that fill the tile: of gate and up, or of the one matrix in which the tile lies."""
+    weight = "norm_weight" if norm else "x"
+    call = "few_row::multiply<T, BITS, GROUP, K, WORDS, SPLITS, NORM, PAIRS>"
     if swiglu:
-        text += f" float ups[{rows}] = {{}}, unused[{rows}] = {{}};"
-        text += _call(0, matrices[0], kind, rows, inputs, norm, "sums, squares")
-        return text + _call(1, matrices[1], kind, rows, inputs, norm, "ups, unused")
-    for i, m in enumerate(matrices):
-        call = _call(i, m, kind, rows, inputs, norm, "sums, squares")
-        text += f"\n  if (row >= 0 && row < {m.features}) {{{call}\n    row = -1;\n  }} else row -= {m.features};"
+        return f"""
+  first = column = number * OUTPUTS, last = {matrices[0].features - 1};
+  {call}(x, {weight}, {_matrix(0, matrices[0])}, {_matrix(1, matrices[1])}, first, last, split, lane, tile);
+"""
+    text, before, start = "", 0, 0
+    for i, (m, count) in enumerate(zip(matrices, tiles, strict=True)):
+        text += f"""
+  if (number >= {before} && number < {before + count}) {{
+    first = (number - {before}) * OUTPUTS, last = {m.features - 1}, column = {start} + first;
+    {call}(x, {weight}, {_matrix(i, m)}, {_matrix(i, m)}, first, last, split, lane, tile);
+  }}"""
+        before, start = before + count, start + m.features
     return text
 
 
-def _call(i: int, m: Matrix, kind: str, rows: int, inputs: int, norm: bool, outputs: str) -> str:
-    weight = "norm_weight" if norm else "x"
-    flag = str(norm).lower()
-    if m.bits == 16:
-        start = f"few_row::multiply_dense<{kind}, {rows}, {flag}>(x, {weight}, w{i} + size_t(row) * {inputs}"
-    else:
-        groups, words = inputs // m.group_size, inputs * m.bits // 32
-        start = (
-            f"few_row::multiply<{kind}, {m.bits}, {m.group_size}, {rows}, {flag}>(x, {weight}, "
-            f"w{i} + size_t(row) * {words}, s{i} + size_t(row) * {groups}, b{i} + size_t(row) * {groups}"
-        )
-    return f"\n    {start}, {inputs}, lane, {outputs});"
-
-
-def _norm(norm: bool, inputs: int, eps: float, name: str) -> str:
-    return f"{name} *= rsqrt(few_row::tree(squares[m]) / {inputs} + {eps!r}f);" if norm else ""
-
-
-def _up(swiglu: bool, norm: bool, inputs: int, eps: float) -> str:
-    if not swiglu:
-        return ""
-    return f"float up = few_row::tree(ups[m]); {_norm(norm, inputs, eps, 'up')} value = few_row::silu(value) * up;"
+def _matrix(i: int, m: Matrix) -> str:
+    scales = f"s{i}, b{i}" if m.scales is not None else "x, x"
+    return f"few_row::matrix(w{i}, {scales})"

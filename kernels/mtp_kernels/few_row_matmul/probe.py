@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ..launch import platform
 from ..registry import CHECK_ROWS, Case, Run
 from . import VERSION, counters, few_row_matmul
 from .reference import Matrix, reference, stock
+from .variants import form, variant_for
 
 
 def case(
@@ -39,12 +41,12 @@ def case(
         ]
         return [mx.concatenate(passes)]
 
-    sizes = "+".join(str(m.features) for m in matrices)
-    fused = "".join(f" {name}" for name, on in (("norm", norm), ("swiglu", swiglu), ("residual", residual)) if on)
+    fusion = {"norm": norm, "swiglu": swiglu, "residual": residual}
+    variant = f"-{variant_for(matrices, **fusion)}" if platform() == "metal" else ""
     return Case(
         kernel="few_row_matmul",
-        version=VERSION,
-        shape=f"{sizes}x{first.inputs} {first.bits}b g{first.group_size}{fused}",
+        version=VERSION + variant,
+        shape=form(matrices, **fusion),
         dtype=dtype,
         launches={"cuda": few_row_matmul, "metal": few_row_matmul},
         reference=reference,

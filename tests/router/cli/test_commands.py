@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +349,8 @@ def test_models(router: FakeRouter, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "tokenizer.chat_template present" in out
     assert "no MTP head" in out
+    assert "about 476 MB once loaded" in out
+    assert "fallbacks    spare" in out
     assert "model-0" not in out
     assert main(["models", "--target", router.address, "--json"]) == 0
     assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == ["MODEL_STATE_READY"] * 5
@@ -370,6 +372,19 @@ def test_models_draws_a_table_on_a_terminal(router: FakeRouter, command: list[st
     assert status == 0
     assert "capabilities" in seen
     assert "model-4" in seen
+
+
+def test_refresh_tells_what_is_different(router: FakeRouter, capsys: Capture) -> None:
+    assert main(["refresh", "--target", router.address]) == 0
+    assert capsys.readouterr().out == "nothing has changed\n"
+    router.refreshed = v1.RefreshModelsResponse(
+        added=["a", "b"], removed=["c"], changed=["d"], kept=["e"], needs_restart=["server"]
+    )
+    assert main(["refresh", "--target", router.address]) == 0
+    told = ["added: a, b", "removed: c", "changed: d", "in use and so left as they were: e", "take a restart: server"]
+    assert capsys.readouterr().out.splitlines() == told
+    assert main(["refresh", "--target", router.address, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == ["e"]
 
 
 def test_config_prints_toml_that_gives_the_same_settings(
@@ -416,12 +431,21 @@ def test_wrong_settings_are_status_2(
     assert err.count("\n") == 1
 
 
-def test_serve_takes_the_address_from_the_arguments(capsys: Capture) -> None:
-    from router.cli.serve import _listen_at
+def test_serve_takes_the_address_from_the_arguments(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[ServerSettings] = []
 
-    settings = Settings(server=ServerSettings(drain_grace=7.0))
-    moved = _listen_at(settings, "127.0.0.1:7")
-    assert (moved.server.listen, moved.server.drain_grace) == ("127.0.0.1:7", 7.0)
+    def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool) -> int:
+        served.extend([settings.server, load().server])
+        return 0
+
+    monkeypatch.setattr("router.server.serve", serve)
+    file = tmp_path / "router.toml"
+    file.write_text("[server]\ndrain_grace = 7.0\n")
+    assert main(["serve", "--config", str(file), "--listen", "127.0.0.1:7"]) == 0
+    moved = ServerSettings(listen="127.0.0.1:7", drain_grace=7.0)
+    assert served == [moved, moved]  # a refresh reads it the same way, and finds no change
     assert main(["serve", "--listen", "0.0.0.0:7"]) == 2
     assert "allow_remote" in capsys.readouterr().err
 

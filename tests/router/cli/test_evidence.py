@@ -45,6 +45,7 @@ def test_inspect_reads_gguf_files(tmp_path: Path, capsys: Capture) -> None:
     write_script_model(path, {"a": Script(["b"])})
     shown = inspect_json(path, capsys)
     assert (shown["format"], shown["architecture"]) == ("gguf", "llama")
+    assert shown["cache_bytes_per_token"] == 1 * 1 * (64 + 64) * 2
     assert "checkpoint" not in shown
 
 
@@ -65,6 +66,6 @@ def test_explain_says_what_would_answer_and_why(router: FakeRouter, capsys: Capt
 
 
 def test_explain_of_a_broken_model_fails(router: FakeRouter, capsys: Capture) -> None:
-    router.models = [v1.Model(name="tiny", problem="tiny.gguf does not exist")]
+    router.models = [v1.Model(name="tiny", problem="tiny.gguf does not exist", fallbacks=["a", "b"])]
     assert main(["explain", "tiny", "--target", router.address]) == 1
-    assert "does not exist" in capsys.readouterr().out
+    assert capsys.readouterr().out == "tiny: tiny.gguf does not exist\nelse:    a, then b\n"

@@ -8,10 +8,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from support.generation import GREEDY, collect, counting, entry, finished, text
 
+from mlx_mtp_backend.processors import processors_of
 from router.backends.llama_cpp import LlamaCppBackend
+from router.backends.mlx_answer import generate_params
 from router.domain import (
     Delta,
     DraftSource,
@@ -269,6 +272,32 @@ async def test_bias_and_penalties_reach_the_sampler(backend: LlamaCppBackend, sc
     repeated = replace(GREEDY, repetition_penalty=1.5)
     six = text(await collect(backend, model, babble(sampling=repeated, stop=Stop(max_output_tokens=6))))
     assert sorted(six) == list("abcdef")
+
+
+@pytest.mark.parametrize("prompt", ["S", "Sa", "Scab"])
+async def test_both_lanes_penalise_alike(backend: LlamaCppBackend, script_file: Path, prompt: str) -> None:
+    """What llama.cpp says is what the MLX engine's processors make of the same logits: 30 for a letter, else 0. The
+    prompt counts, and a biased logit is penalised: the other way round, another letter would win."""
+    sampling = replace(
+        GREEDY,
+        repetition_penalty=1.5,
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+        logit_bias={ord("a"): 12.0, ord("c"): 11.0, ord("e"): -1.0},
+    )
+    request = counting(prompt=TextPrompt(prompt), sampling=sampling, stop=Stop(max_output_tokens=12))
+    said = text(await collect(backend, entry(script_file), request))
+
+    params = generate_params(request, "m", [ord(letter) for letter in prompt], 100, None, None)
+    processors = processors_of(params, frozenset())
+    assert processors is not None
+    logits, nothing, expected = mx.zeros((1, 256)), mx.zeros((0,), mx.int32), ""
+    logits[:, ord("a") : ord("g")] = 30.0
+    while len(expected) < len(said):
+        expected += chr(int(mx.argmax(processors.apply(logits, nothing)).item()))
+        processors.commit([ord(expected[-1])])
+    assert said == expected
+    assert len(set(said)) > 3
 
 
 async def test_the_end_token_can_be_ignored(backend: LlamaCppBackend, script_file: Path) -> None:

@@ -62,7 +62,7 @@ def open_files() -> int:
     return len(os.listdir("/dev/fd"))
 
 
-async def eventually(condition, seconds: float = 5.0) -> float:  # type: ignore[no-untyped-def]
+async def eventually(condition, seconds: float = 20.0) -> float:  # type: ignore[no-untyped-def]
     """Seconds until the condition holds."""
     started = time.monotonic()
     while not condition():

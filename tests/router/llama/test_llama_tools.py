@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.generation import collect, counting, entry, finished, text
-from support.gguf_files import Script, write_script_model
+from support.gguf_files import TOOL_TEMPLATE, Script, write_script_model
 
 from router.backends.llama_cpp import LlamaCppBackend
 from router.domain import (
@@ -29,14 +29,6 @@ from router.policy import check_request
 
 MakeBackend = Callable[..., LlamaCppBackend]
 
-TEMPLATE = (
-    "{% if tools %}<|tools|>{% for t in tools %}{{ t | tojson }}{% endfor %}"
-    'Call with <tool_call>{"name": ..., "arguments": ...}</tool_call>{% endif %}'
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "{% for c in message.tool_calls or [] %}<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 CALL = [
     "<tool_call>", "\n", '{"name": ', '"weather"', ', "arguments": ', '{"city": ', '"Lisbon"', "}}\n ", "</tool_call>",
 ]  # fmt: skip
@@ -47,7 +39,7 @@ WEATHER = Tool("weather", "Weather of a city", '{"type":"object","properties":{"
 def tool_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose every answer calls `weather`."""
     path = tmp_path_factory.mktemp("gguf") / "tools.gguf"
-    write_script_model(path, {"<|assistant|>": Script(CALL)}, template=TEMPLATE)
+    write_script_model(path, {"<|assistant|>": Script(CALL)}, template=TOOL_TEMPLATE)
     return path
 
 

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.gguf_files import THINKING_TEMPLATE, Script, write_script_model
+from support.llama_process import KEY, LlamaServer
 
-from router.backends import llama_child
-from router.backends.llama_child import ChildConfig
 from router.backends.llama_server import LlamaServerBackend
 from router.catalog import read_catalog
 from router.client import AsyncClient
 from router.server import RouterServer
 from router.settings import LlamaServerSettings, ModelSettings, ServerSettings, Settings
 
-KEY = "open-sesame"
 THOUGHT = ["<think>", "Let", " me", " ponder", "</think>", "\n", "The", " answer", " is", " 42", "."]
-
-
-class LlamaServer:
-    """The process; `kill` ends it as a crash would."""
-
-    def __init__(self, path: Path) -> None:
-        config = ChildConfig(str(path), KEY, 512, 2, 64, 1, 0, 0)
-        command = [sys.executable, llama_child.__file__]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(asdict(config)) + "\n")
-        self.process.stdin.flush()
-        self.address: str = json.loads(self.process.stdout.readline())["address"]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
     models = {
-        "words": ModelSettings(path=checkpoints / "words"),
+        "words": ModelSettings(path=checkpoints / "words", draft_depth=3),
+        "paced": ModelSettings(path=checkpoints / "random"),
         "random": ModelSettings(path=checkpoints / "random", context_length=CONTEXT, draft_depth=2),
         "plain": ModelSettings(path=checkpoints / "random", speculation="off"),
         "headless": ModelSettings(path=checkpoints / "headless"),
@@ -84,6 +85,33 @@ async def test_a_seed_replays_at_any_depth_and_among_neighbours(client: AsyncCli
     assert others[0][0] == others[1][0] == first
     assert others[2][0] != first
     assert others[0][2].speculation.drafted_tokens == 0
+
+
+async def test_depths_are_chosen_and_told_where_none_is_set(client: AsyncClient) -> None:
+    options = {"seed": 11, "temperature": 0.8, "ignore_end_of_generation": True}
+    text, _, finished = await text_of(client, "paced", **options)
+    plain, _, _ = await text_of(client, "paced", **options, speculation="off")
+    assert text == plain
+    statistics = finished.speculation
+    if statistics.drafted_tokens:
+        assert sum(statistics.depths) == statistics.rounds
+        assert statistics.verify.ToTimedelta().total_seconds() > 0
+    _, _, finished = await text_of(client, "paced", **options, draft_depth=2)
+    assert finished.speculation.depths[2] > 0
+    assert len(finished.speculation.depths) == 3
+
+
+async def test_the_next_turn_and_the_next_chat_start_from_the_cache(client: AsyncClient) -> None:
+    system = {"role": "system", "content": "Fold alerts into one incident. " * 3}
+    question = {"role": "user", "content": "db-1 is down, db-2 is down, and the queue grows."}
+    options = {"prompt": None, "temperature": 0.0}
+    text, _, first = await text_of(client, "random", **options, messages=[system, question])
+    turn = [system, question, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
+    _, _, second = await text_of(client, "random", **options, messages=turn)
+    _, _, other = await text_of(client, "random", **options, messages=[system, {"role": "user", "content": "Hi"}])
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens % 16 == 0
+    assert second.usage.cached_tokens > other.usage.cached_tokens > 0
 
 
 async def test_without_a_seed_nothing_is_promised(client: AsyncClient) -> None:

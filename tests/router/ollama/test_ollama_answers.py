@@ -252,6 +252,8 @@ async def test_what_is_known_of_a_model(connect: Connect) -> None:
     assert facts[v1.CAPABILITY_COUNT_TOKENS][0] == v1.CAPABILITY_SUPPORT_UNSUPPORTED
     assert (model.name, model.architecture, model.quantization) == ("thinker", "qwen3", "Q4_1")
     assert model.context_length == 8192
+    # 30 layers x 3 heads x 64 wide x keys and values x 2 bytes, for one request and its whole context
+    assert model.memory_bytes == model.size_bytes + 8192 * 30 * 3 * 64 * 2 * 2
     listed = {item.name: item for item in [model async for model in client.list_models()]}
     assert set(listed) == {"smol", "thinker", "drafter", "plain-drafter", "small", "absent"}
     assert "ollama pull never/pulled:latest" in listed["absent"].problem

@@ -1,0 +1,35 @@
+"""Rounds at the depth that pays: chosen before each, measured after it."""
+
+from __future__ import annotations
+
+from mlx_mtp_backend import rounds
+from mlx_mtp_backend.depth import DepthController, Drafted
+from mlx_mtp_backend.drafters import Drafter
+from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.rounds import Round
+from mlx_mtp_backend.sequence import Sequence
+
+
+def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequences: list[Sequence]) -> Round:
+    """One round, see rounds.run_round. Sequences whose depth is not fixed get the one that promises most now."""
+    _assign(depths, sequences)
+    # A head that catches up with rounds without drafts takes time that no other round of this kind will.
+    typical = all(one.pending_rows <= one.depth + 1 for one in sequences if one.depth)
+    done = rounds.run_round(model, drafter, sequences)
+    fates = [
+        Drafted(one.acceptance, committed.drafted, max(len(committed.tokens) - 1, 0))
+        for one, committed in zip(sequences, done.committed, strict=True)
+    ]
+    depths.observe(fates, done.seconds, typical=typical)
+    return done
+
+
+def _assign(depths: DepthController, sequences: list[Sequence]) -> None:
+    adaptive = [(one, one.acceptance) for one in sequences if one.acceptance is not None]
+    if not adaptive:
+        return
+    fixed = [one for one in sequences if one.acceptance is None]
+    rows = sum(1 + one.round_depth for one in fixed)
+    depth = depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows)
+    for one, _ in adaptive:
+        one.depth = depth

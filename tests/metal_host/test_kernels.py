@@ -1,0 +1,97 @@
+"""Every shipped Metal text against its reference, and eight rows in one pass against fewer, bit for bit."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mtp_kernels.few_row_matmul import few_row_matmul, variants
+from mtp_kernels.few_row_matmul.variants import CANDIDATES, Variant
+from mtp_kernels.launch import metal_through
+from mtp_kernels.registry import Case, check
+
+from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix
+from tests.metal_host.host import Host
+
+BF16, F16 = mx.bfloat16, mx.float16
+TOLERANCE = {BF16: 2e-4, F16: 1e-4}  # a few results in a thousand may round to the neighbouring value
+
+
+def matmul(features: tuple[int, ...], inputs: int, bits: int, group: int, dtype: mx.Dtype, **fusion: bool) -> Case:
+    return matmul_case([matrix(n, inputs, bits, group, dtype) for n in features], dtype, **fusion)
+
+
+FORMATS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (16, 0)]
+CASES = {
+    "matmul-norm-two": (lambda: matmul((40, 21), 1280, 4, 64, BF16, norm=True), (1, 3, 5)),
+    "matmul-swiglu": (lambda: matmul((37, 37), 256, 4, 64, BF16, swiglu=True, norm=True), (1,)),
+    "matmul-swiglu-8": (lambda: matmul((13, 13), 256, 8, 64, F16, swiglu=True), (1,)),
+    "matmul-residual": (lambda: matmul((50,), 640, 4, 64, BF16, residual=True), (1, 4)),
+    "matmul-one-feature": (lambda: matmul((1,), 256, 4, 64, F16), (1,)),
+    "matmul-four": (lambda: matmul((24, 16, 3, 3), 256, 4, 64, BF16, norm=True), (1,)),
+    "delta": (lambda: delta(4, 2, BF16), (1, 3, 5)),
+    "delta-half": (lambda: delta(2, 2, F16), (1,)),
+    "inputs": (lambda: inputs(6, 2, 64, BF16), (1, 3, 5)),
+    "inputs-all-rotate": (lambda: inputs(4, 1, 256, F16), (1,)),
+    "attention": (lambda: attention_case(6, 2, BF16), (1, 3, 5)),
+    "attention-half": (lambda: attention_case(8, 1, F16), (1,)),
+}
+for _bits, _group in FORMATS:
+    for _dtype, _name in ((BF16, "bf16"), (F16, "half")):
+        CASES[f"matmul-{_bits}b-g{_group}-{_name}"] = (
+            lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
+            (1,),
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_equals_its_reference_whatever_shares_the_pass(name: str, tally) -> None:
+    make, rows = CASES[name]
+    mx.random.seed(7)
+    case, host = make(), Host()
+    with tally(case.kernel) as entry, metal_through(host):
+        choice = check(case, rows=rows)
+    assert choice.implementation == "metal", choice.reason
+    assert choice.rows_equal
+    assert choice.error <= TOLERANCE[case.dtype]
+    assert host.launched
+    entry.cases += 1
+    entry.worst = max(entry.worst, choice.error)
+
+
+# Each way to deal K out, and for one of them each size of a tile.
+DEALT = {(v.words, v.splits): v for v in (*CANDIDATES, Variant(4, 24, 4, 2, 1))}
+TRIED = {variants.start("", 1), variants.start("", variants.WIDE), *DEALT.values()}
+TRIED |= {v for v in CANDIDATES if (v.words, v.splits) == (1, 2)}
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_what_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each passes, and those that deal K out alike have the same bits."""
+    mx.random.seed(7)
+    matrices = [matrix(21, 640, bits, 64 if bits < 16 else 0, BF16)]
+    x = mx.random.normal((8, 640)).astype(BF16)
+    dealt: dict[tuple[int, int], mx.array] = {}
+    for variant in TRIED if bits == 4 else [v for v in DEALT.values() if v.splits == 2]:
+        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices): variant})
+        with tally("few_row_matmul") as entry, metal_through(Host()):
+            choice = check(matmul_case(matrices, BF16))
+            got = few_row_matmul(x, matrices)
+        assert choice.implementation == "metal", f"{variant}: {choice.reason}"
+        assert choice.version.endswith(f"-{variant}")
+        assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got)
+        entry.cases += 1
+
+
+def test_variants_that_no_kernel_has() -> None:
+    for numbers in [(4, 33, 1, 1, 1), (4, 23, 1, 1, 1), (4, 24, 3, 1, 1), (4, 24, 1, 4, 8), (0, 24, 1, 1, 1)]:
+        with pytest.raises(ValueError, match="no such variant"):
+            Variant(*numbers)
+
+
+def test_starting_values_follow_the_gpu_and_the_matrix() -> None:
+    m1, m4 = (variants.start(name, 4096) for name in ("applegpu_g13s", "applegpu_g16p"))
+    assert (m1.accumulators, m4.accumulators) == (24, 32)
+    assert variants.start("applegpu_g13s", 151_936).splits == 1 < m1.splits
+    sizes = [m1.outputs(rows, norm=norm, swiglu=False) for norm in (False, True) for rows in (1, 4, 6, 8)]
+    assert sizes == [4, 4, 4, 3, 4, 4, 3, 2]
+    assert [m1.outputs(rows, norm=True, swiglu=True) for rows in (1, 4, 6, 8)] == [2, 2, 1, 1]

@@ -1,0 +1,139 @@
+"""Bugs planted in the shipped Metal texts, one at a time: the checks that the texts pass must catch each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import pytest
+from mtp_kernels.few_row_matmul import few_row_matmul
+from mtp_kernels.launch import metal_through
+from mtp_kernels.registry import Case, check
+
+from benchmarks.gpu_checks import attention_case, delta, inputs, matrix
+from tests.metal_host.host import Host
+from tests.metal_host.test_kernels import BF16, TOLERANCE, matmul
+
+RACE = "race|nothing has written"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def norm() -> Case:
+    return matmul((40, 21), 1280, 4, 64, BF16, norm=True)
+
+
+def swiglu() -> Case:
+    return matmul((21, 21), 256, 4, 64, BF16, swiglu=True)
+
+
+def dense() -> Case:
+    return matmul((21,), 512, 16, 0, BF16)
+
+
+def gated_delta() -> Case:
+    return delta(4, 2, BF16)
+
+
+def attention_inputs() -> Case:
+    return inputs(4, 2, 64, BF16)
+
+
+def attention() -> Case:
+    return attention_case(6, 2, BF16)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One line of one text, broken.
+
+    Attributes:
+        what: kind of bug.
+        case: what it must fail on.
+        old: found once in the text.
+        new: what replaces it.
+        by: what the reason must say; empty for any.
+    """
+
+    what: str
+    case: Callable[[], Case]
+    old: str
+    new: str
+    by: str = ""
+
+
+BUGS = [
+    Bug("missing barrier", norm, f"[split][lane] = value;\n  {BARRIER}", "[split][lane] = value;", RACE),
+    Bug("divergent barrier", norm,
+        f"  {BARRIER}\n  if (split != 0) return;", f"  if (split != 0) return;\n  {BARRIER}", "reach"),
+    Bug("off by one", norm, "k < K; k +=", "k <= K; k +=", "out of bounds"),
+    Bug("off by one", norm, "s < SPLITS; ++s) value", "s < SPLITS - 1; ++s) value", "differs"),
+    Bug("wrong lane", norm, "simd_shuffle_xor(sent, ushort(D))", "simd_shuffle_xor(sent, ushort(D ^ 1))", "differs"),
+    Bug("wrong lane", swiglu, "min(lane + OUTPUTS, 31)", "min(lane + 1 + OUTPUTS, 31)", "differs"),
+    Bug("wrong group scale", norm, "+ k / GROUP;", "+ (k + 32) / GROUP % (K / GROUP);", "differs"),
+    Bug("wrong group scale", norm, "uint(K / GROUP) + k", "uint(K / GROUP + 1) + k"),
+    Bug("last tile not clamped", norm, "min(first + s % kRows, last)", "first + s % kRows", "out of bounds"),
+    Bug("last tile stored whole", norm, " || first + s > last) return;", ") return;", "race|out of bounds"),
+    Bug("halves exchanged", dense, "out[0] = as_type<float>(word << 16);", "out[0] = as_type<float>(word);", ""),
+    Bug("second matrix forgotten", swiglu, "s < kRows ? matrix.words : second.words", "matrix.words", "differs"),
+    Bug("squares of weighted values", norm,
+        "tile.squares[m] = fma(v, v,", "tile.squares[m] = fma(v, 1.1f * v,", "differs"),
+    Bug("wrong address space", norm, "threadgroup float shares[", "device float shares[", "error"),
+    Bug("missing barrier", gated_delta, f"[b_at + head]));\n    }}\n    {BARRIER}", "[b_at + head]));\n    }", RACE),
+    Bug("missing barrier", gated_delta, f"{BARRIER}\n    const int row = start", "const int row = start", RACE),
+    Bug("off by one", gated_delta, "i < (kTaps - 1) * 3 * kDim", "i <= (kTaps - 1) * 3 * kDim", "out of bounds"),
+    Bug("off by one", gated_delta, "start + t + 1 == settle", "start + t == settle"),
+    Bug("off by one", gated_delta, "row >= kept_rows)", "row > kept_rows)", "differs"),
+    Bug("wrong lane", gated_delta, "simd_shuffle_xor(v, 2)", "simd_shuffle_xor(v, 4)", "differs"),
+    Bug("wrong row's factor", gated_delta, "decay[t], beta[t]", "decay[t], beta[0]", "differs"),
+    Bug("wrong head", gated_delta, "key_head = head / (HV / HK)", "key_head = head % HK", "race|differs"),
+    Bug("window written twice", gated_delta, " || head % (HV / HK) == 0", " || true", "race"),
+    Bug("replay rounds once more", gated_delta, "q[2 * kDim + value_row], decay",
+        "start + t < kept_rows ? float(T(q[2 * kDim + value_row])) : q[2 * kDim + value_row], decay", "rows differ"),
+    Bug("unaligned", gated_delta, "reinterpret_cast<const device float4*>(state + own)",
+        "reinterpret_cast<const device float4*>(state + own + 1)", "unaligned|out of bounds"),
+    Bug("off by one", attention_inputs, "row < used + rows", "row <= used + rows", "differs"),
+    Bug("off by one", attention_inputs, "lane < 2 * kHalfLanes", "lane <= 2 * kHalfLanes", "differs"),
+    Bug("wrong lane", attention_inputs,
+        "simd_shuffle_xor(v[i], kHalfLanes)", "simd_shuffle_xor(v[i], kHalfLanes / 2)", "differs"),
+    Bug("wrong position", attention_inputs, "lane, first + m, EPS", "lane, first, EPS", "differs"),
+    Bug("wrong norm", attention_inputs, "query ? q_weight : k_weight", "k_weight", "differs"),
+    Bug("rows on one line", attention_inputs, "* TAIL + used + m) * kDim", "* TAIL + used) * kDim", "race"),
+    Bug("divergent shuffle", attention_inputs, "const float other = simd_shuffle_xor(v[i], kHalfLanes);",
+        "float other = 0.0f; if (first) other = simd_shuffle_xor(v[i], kHalfLanes);", "diverges"),
+    Bug("wrong address space", attention_inputs,
+        "const device T* weight, uint lane", "const threadgroup T* weight, uint lane", "error"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.case.__name__}: {bug.what}")
+def test_a_planted_bug_is_caught(bug: Bug, tally) -> None:
+    mx.random.seed(7)
+    case = bug.case()
+    host = Host(((bug.old, bug.new),))
+    with tally(case.kernel) as entry, metal_through(host):
+        choice = check(case)
+    assert host.swapped[bug.old] >= 1, "the text has changed: nothing was planted"
+    if choice.implementation == "metal":
+        assert choice.error > TOLERANCE[case.dtype], "not caught"
+        reason = "differs from its reference"
+    else:
+        reason = choice.reason
+    assert any(part in reason for part in bug.by.split("|")), reason
+    entry.bugs += 1
+
+
+def test_an_order_of_sums_that_depends_on_the_rows_is_caught() -> None:
+    """In float32, where no rounding to the results' type hides the last bit."""
+    mx.random.seed(7)
+    x, matrices = mx.random.normal((8, 1280)).astype(BF16), [matrix(40, 1280, 4, 64, BF16)]
+    for planted in ((), (("[s][lane];", "[ROWS == 8 ? SPLITS - s : s][lane];"),)):
+        with metal_through(Host(planted)):
+            parts = [
+                mx.concatenate(
+                    [few_row_matmul(x[i : i + n], matrices, out_dtype=mx.float32) for i in range(0, 8, n)], axis=0
+                )
+                for n in (8, 3, 1)
+            ]
+        same = [mx.array_equal(parts[0], other).item() for other in parts[1:]]
+        assert same == ([False, False] if planted else [True, True])
