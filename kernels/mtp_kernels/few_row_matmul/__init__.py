@@ -6,6 +6,7 @@ Row-invariant: a row of the result has the same bits whatever rows share the cal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = Fal
 
 def counters(count: int) -> Sequence[mx.array]:
     """`work` for so many launches of one pass, from a single launch; never to be kept for another pass."""
-    return mx.split(mx.zeros((count,), mx.uint32), count)
+    return cast(Sequence[mx.array], mx.split(mx.zeros((count,), mx.uint32), count))
 
 
 def few_row_matmul(
