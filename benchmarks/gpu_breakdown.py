@@ -36,7 +36,8 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
         """A chain of one product a layer, tied by one column: what that adds is one small copy a layer."""
         for layer, work in zip(model.layers, counters(len(model.layers)), strict=True):
             product = pick(layer)
-            x = product(mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs))), work)
+            own = mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs)))
+            x = product(own, work=work if product.swiglu else None)
         return x
 
     def recurrence(x: mx.array) -> mx.array:

@@ -22,7 +22,6 @@ from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
 from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
 from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache, OnDevice
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
-    PRODUCTS,
     Arrays,
     FusedAttention,
     FusedDelta,
@@ -231,11 +230,9 @@ def _through(
 ) -> tuple[mx.array, list[list[Arrays]]]:
     """Rows through layers; states are [segment][layer], what comes back is [layer][segment]."""
     parts = split_rows([Segment((), count) for count in rows])
-    work = matmul_kernel.counters(len(layers) * PRODUCTS)
     after = []
-    for index, layer in enumerate(layers):
-        own = work[index * PRODUCTS : (index + 1) * PRODUCTS]
-        x, changed = layer(x, [segment[index] for segment in states], parts, own)
+    for index, (layer, work) in enumerate(zip(layers, matmul_kernel.counters(len(layers)), strict=True)):
+        x, changed = layer(x, [segment[index] for segment in states], parts, work)
         after.append(changed)
     return x, after
 

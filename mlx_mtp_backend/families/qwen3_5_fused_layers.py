@@ -28,9 +28,6 @@ from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache
 # What a layer's cache gives a pass and takes back from it.
 Arrays = list[mx.array]
 
-PRODUCTS = 4
-"""Few-row products of a layer, each of which takes one counter of a pass."""
-
 
 class Unsupported(Exception):
     """This model cannot run through the kernels; the text says why."""
@@ -61,7 +58,7 @@ class Product:
     eps: float = 1e-6
     swiglu: bool = False
 
-    def __call__(self, x: mx.array, work: mx.array | None = None, residual: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None, work: mx.array | None = None) -> mx.array:
         fused = {"norm_weight": self.norm, "eps": self.eps, "residual": residual, "swiglu": self.swiglu}
         return self.run(x, self.matrices, **fused, work=work)
 
@@ -102,8 +99,9 @@ class FusedMLP:
         )
         self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
 
-    def __call__(self, x: mx.array, work: Sequence[mx.array]) -> mx.array:
-        return self.leave(self.enter(x, work[0]), work[1], residual=x)
+    def __call__(self, x: mx.array, work: mx.array) -> mx.array:
+        # A counter costs the host as much as it saves the device on the smaller products.
+        return self.leave(self.enter(x, work=work), residual=x)
 
 
 class FusedDelta:
@@ -132,9 +130,9 @@ class FusedDelta:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: Sequence[mx.array]
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array
     ) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x, work[0])
+        projected = self.enter(x)
         outputs, after = [], []
         for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
             fresh = projected if len(parts) == 1 else projected[part]
@@ -142,7 +140,7 @@ class FusedDelta:
             y, recurrent, window = self.run(fresh, state, keep, self.weights)
             outputs.append(y)
             after.append([recurrent, window, fresh])
-        return self.mlp(self.leave(_joined(outputs), work[1], residual=x), work[2:]), after
+        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
 
     def many_rows(
         self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
@@ -187,16 +185,16 @@ class FusedAttention:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: Sequence[mx.array]
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array
     ) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x, work[0])
+        projected = self.enter(x)
         outputs, after = [], []
         for (keys, values, tail, position), part in zip(states, parts, strict=True):
             own = projected if len(parts) == 1 else projected[part]
             queries, tail = self.prepare(own, tail, position, self.shape)
             outputs.append(self.attend(queries, keys, values, tail, position, own))
             after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), work[1], residual=x), work[2:]), after
+        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

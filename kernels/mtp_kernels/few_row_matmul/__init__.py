@@ -148,7 +148,7 @@ def _launch(
       {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
       {eps!r}f, smem).run({"const_cast<unsigned*>(work)" if work is not None else "nullptr"});
 """
-    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES)
+    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES, THREADS)
     features = first.features if swiglu else sum(m.features for m in matrices)
     tiles = sum(-(-m.features // TILE_FEATURES) for m in (matrices[:1] if swiglu else matrices))
     blocks = min(multiprocessors(), tiles)

@@ -44,16 +44,29 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
       " @!done bra again_%=;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Weights pass through the second-level cache once: they leave first, and code, activations and states stay.
+__device__ __forceinline__ unsigned long long passing_through() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // By the copy engine: 16-byte aligned, a multiple of 16 bytes.
-__device__ __forceinline__ void copy_bulk(unsigned dst, const void* src, unsigned bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-               "l"(src), "r"(bytes), "r"(barrier) : "memory");
+__device__ __forceinline__ void copy_bulk(unsigned dst, const void* src, unsigned bytes, unsigned barrier,
+                                          unsigned long long policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
 template <int BYTES>
-__device__ __forceinline__ void copy_small(unsigned dst, const void* src) {
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(BYTES) : "memory");
+__device__ __forceinline__ void copy_small(unsigned dst, const void* src, unsigned long long policy) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %3, %2;" ::"r"(dst), "l"(src), "l"(policy),
+                 "n"(BYTES) : "memory");
 }
 
 template <typename T>
@@ -344,7 +357,8 @@ struct Ring {
   // A copying warp's share of a slab: `bytes` from `at` on of the 16 rows from `row` on. SCALE is the widest copy that
   // the alignment of rows of scales allows.
   template <int SCALE>
-  __device__ __forceinline__ void fetch(const Matrix& matrix, int label, int row, int at, int bytes, int row_bytes) {
+  __device__ __forceinline__ void fetch(const Matrix& matrix, int label, int row, int at, int bytes, int row_bytes,
+                                        unsigned long long policy) {
     constexpr int kRows = kTileRows / kCopyWarps;
     const int lane = threadIdx.x & 31, t = threadIdx.x - kThreads;
     const int last = matrix.n - 1;  // rows past the end repeat the last, and are dropped
@@ -356,7 +370,7 @@ struct Ring {
     if (lane < kRows) {
       const int r = t / 32 * kRows + lane;
       const unsigned char* source = matrix.w + static_cast<size_t>(min(row + r, last)) * row_bytes + at;
-      copy_bulk(dst + r * R::kPitch, source, bytes, barrier);
+      copy_bulk(dst + r * R::kPitch, source, bytes, barrier, policy);
     }
     if constexpr (BITS != 16) {
       constexpr int kParts = R::kScaleBytes / SCALE, kRatio = BITS * GROUP / 16;  // weight bytes to a byte of scales
@@ -367,7 +381,7 @@ struct Ring {
         const unsigned char* source = (line < kTileRows ? matrix.s : matrix.b) + start + part;
         if (part < end)
           copy_small<SCALE>(dst + kTileRows * R::kPitch + line * R::kScalePitch + part,
-                            source + static_cast<size_t>(min(row + line % kTileRows, last)) * stride);
+                            source + static_cast<size_t>(min(row + line % kTileRows, last)) * stride, policy);
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
     }
@@ -449,16 +463,16 @@ struct Launch {
 
   static constexpr int kLater = 2, kLast = 1;  // for the second staging or a later one; no tile follows those before
 
-  __device__ __forceinline__ void copy_tile(int tile, int part, bool last) {
+  __device__ __forceinline__ void copy_tile(int tile, int part, bool last, unsigned long long policy) {
     Matrix matrix;
     int row, first;
     locate(tile, matrix, row, first);
     const int end = part_start(part) + part_bytes(part);
     const int label = tile * 4 + (part >= kTogether ? kLater : 0) + (last ? kLast : 0);
     for (int at = part_start(part); at < end; at += R::kSlabBytes) {
-      ring.template fetch<SCALE>(matrix, label, row, at, min(R::kSlabBytes, end - at), row_bytes);
+      ring.template fetch<SCALE>(matrix, label, row, at, min(R::kSlabBytes, end - at), row_bytes, policy);
       if constexpr (EPILOGUE == kSwiGLU)
-        ring.template fetch<SCALE>(matrices[1], label, row, at, min(R::kSlabBytes, end - at), row_bytes);
+        ring.template fetch<SCALE>(matrices[1], label, row, at, min(R::kSlabBytes, end - at), row_bytes, policy);
     }
   }
 
@@ -466,12 +480,13 @@ struct Launch {
   // claim is made before the copies of the tile that comes before, behind which its latency hides.
   __device__ __forceinline__ void copy_all(unsigned* work) {
     const bool first_thread = threadIdx.x == kThreads;
+    const unsigned long long policy = passing_through();
     int tile = blockIdx.x, count = 0;
     for (int claims = 0; tile < total; claims ^= 1) {
       int next = tile + gridDim.x;
       if (work != nullptr && first_thread) next = gridDim.x + atomicAdd(work, 1u);
 #pragma unroll 1
-      for (int part = 0; part < kTogether; ++part) copy_tile(tile, part, false);
+      for (int part = 0; part < kTogether; ++part) copy_tile(tile, part, false, policy);
       if (kStagings > 1 && first_thread) ring.kept(count) = tile;
       if (work != nullptr && first_thread) ring.claim(claims) = next;
       if (work != nullptr || kStagings > 1) asm volatile("bar.sync 3, %0;" ::"n"(kCopyWarps * 32) : "memory");
@@ -479,7 +494,7 @@ struct Launch {
       if (kStagings > 1 && (++count == kKeep || tile >= total)) {
         for (int part = 1; part < PARTS; ++part) {
 #pragma unroll 1
-          for (int i = 0; i < count; ++i) copy_tile(ring.kept(i), part, tile >= total);
+          for (int i = 0; i < count; ++i) copy_tile(ring.kept(i), part, tile >= total, policy);
         }
         count = 0;
       }
@@ -493,6 +508,7 @@ struct Launch {
 
   __device__ __forceinline__ void stage(int part) {
     constexpr int kVectorBytes = BITS;  // of a row of weights: what 8 activations meet
+    if constexpr (kStagings > 1) meet();  // the part before may still be read
     const int bytes = RESIDENT ? row_bytes : part_bytes(part);
     Activations<T, BITS, GROUP, NORM> activations(x, norm_weight, rows, K, part_start(part) / kVectorBytes,
                                                   bytes / kVectorBytes);
@@ -586,41 +602,36 @@ struct Launch {
 
   __device__ __forceinline__ void multiply_all() {
     bool more = true;
-    int buffer = 0;
-    stage(0);
-    while (more) {
-      int count = 0;
-      for (; kStagings == 1 || count < kKeep; ++count) {
+    int buffer = 0, count = kKeep;  // tiles that go through the parts together
+    for (int part = 0; more; part = part + 1 == kStagings ? 0 : part + 1) {
+      stage(part);
+      if (part == 0) count = kKeep;
+      for (int n = 0; kStagings == 1 || n < count; ++n) {
         ring.wait_full();
         const int label = ring.label();
-        more = label / 4 < total;
-        if (!more || (label & kLater)) break;
+        if (part == 0) {
+          more = label / 4 < total;
+          if (!more || (label & kLater)) {
+            count = n;
+            break;
+          }
+        }
         float sum[kPerTile];
-        multiply_tile(0, buffer, sum), buffer ^= 1;
+        multiply_tile(part, buffer, sum), buffer ^= 1;
 #pragma unroll
-        for (int part = 1; part < kTogether; ++part) {
+        for (int second = 1; second < kTogether; ++second) {
           float next[kPerTile];
-          multiply_tile(part, buffer, next), buffer ^= 1;
+          multiply_tile(second, buffer, next), buffer ^= 1;
 #pragma unroll
           for (int i = 0; i < kPerTile; ++i) sum[i] = __fadd_rn(sum[i], next[i]);
         }
-        if constexpr (kStagings == 1) write(label / 4, sum);
-        else add_kept(count, sum, true);
-      }
-      for (int part = 1; part < kStagings && count > 0; ++part) {
-        meet();
-        stage(part);
-        for (int n = 0; n < count; ++n) {
-          ring.wait_full();
-          const int label = ring.label();
+        if constexpr (kStagings > 1) {
+          add_kept(n, sum, part == 0);
+          if (part < kStagings - 1) continue;
           more = !(label & kLast);
-          float sum[kPerTile];
-          multiply_tile(part, buffer, sum), buffer ^= 1;
-          add_kept(n, sum, false);
-          if (part == PARTS - 1) write(label / 4, sum);
         }
+        write(label / 4, sum);
       }
-      if (kStagings > 1 && more) meet(), stage(0);
     }
   }
 
