@@ -8,8 +8,10 @@ ifeq ($(shell uname -s),Linux)
 EXTRAS ?= [cpu,openblas]
 endif
 
+EXAMPLES ?= 50000
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance metal-host scheduler lint protos clean
+.PHONY: help setup demo serve test conformance metal-host hostile fuzz scheduler load ticks faults soak drain lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -37,11 +39,32 @@ test: setup  ## run every test, on every core
 conformance: setup  ## prove the promises of the MLX engine; prints what was tried and which planted bugs were caught
 	$(BIN)/python -m pytest tests/conformance
 
+metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
+	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
+
+hostile: setup  ## read the corpus of hostile model files: outcome, time and peak memory of each
+	$(BIN)/python benchmarks/hostile_files.py
+
+fuzz: setup  ## fuzz the readers of model files for long; EXAMPLES=50000
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_header_fuzz.py tests/router/test_gguf_fuzz.py
+
 scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
 	$(BIN)/python -m benchmarks.scheduler
 
-metal-host: setup  ## run the Metal kernels' texts on this host, lane by lane; needs clang 19 (Debian: clang-19)
-	METAL_HOST=required $(BIN)/python -m pytest tests/metal_host
+load: setup  ## 500 streams through the router, alone and beside the engine: what it adds to each delta
+	$(BIN)/python -m benchmarks.load
+
+ticks: setup  ## how late the event loop is while the MLX engine decodes beside it
+	$(BIN)/python -m benchmarks.ticks
+
+faults: setup  ## what callers are told where a backend fails, fault by stage
+	$(BIN)/python -m benchmarks.faults
+
+soak: setup  ## 20,000 requests with cancels, slow readers and a backend that dies: nothing may be left over
+	$(BIN)/python -m benchmarks.soak
+
+drain: setup  ## restart routers in turn under load: no request may fail
+	$(BIN)/python -m benchmarks.drain
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .

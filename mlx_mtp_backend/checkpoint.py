@@ -161,7 +161,9 @@ def _appended_layers(text: dict[str, Any], trunk: dict[str, TensorInfo]) -> dict
 
 
 def _dimensions(text: dict[str, Any]) -> dict[str, Any]:
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    needed = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
+    if text.get("head_dim") is not None:
+        needed.append("head_dim")
     for key in needed:
         if positive(text, key) is None:
             raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, f"config.json gives no usable {key}", field=key)

@@ -78,7 +78,7 @@ class Grammars:
         with self._lock:
             matcher = self._kept.get(key)
         if matcher is None:
-            matcher = _compiled(self._vocabulary(), wanted)
+            matcher = _compiled(self._vocabulary("response_format"), wanted)
         with self._lock:
             self._kept[key] = matcher
             self._kept.move_to_end(key)
@@ -87,13 +87,22 @@ class Grammars:
         return Grammar(matcher.deep_copy(), self._ends, wanted.after)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
-        return self._vocabulary().decode_bytes([token])
+        """The bytes that a token stands for.
 
-    def _vocabulary(self) -> LLTokenizer:
+        Raises:
+            EngineError: INVALID_PARAMS for a tokenizer of a kind that llguidance does not read.
+        """
+        return self._vocabulary("logprobs").decode_bytes([token])
+
+    def _vocabulary(self, field: str) -> LLTokenizer:
         with self._reading:
             if self._read is None:
-                self._read = LLTokenizer(self._tokenizer.to_str(), eos_token=sorted(self._ends) or None)
+                try:
+                    self._read = LLTokenizer(self._tokenizer.to_str(), eos_token=sorted(self._ends) or None)
+                except ValueError as error:
+                    log.info("llguidance cannot read a tokenizer: %s", error)
+                    detail = "this model's tokenizer is of a kind that cannot be read token by token"
+                    raise EngineError(ErrorReason.INVALID_PARAMS, detail, field=field) from None
             return self._read
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.untrusted import RefusedFileError, open_untrusted, parse_object
+from mlx_mtp_backend.untrusted import RefusedFileError, open_untrusted, parse_object, read_untrusted
 
 MAX_HEADER_BYTES = 32 * 2**20  # 200,000 tensors; the format allows 100 MB, which would cost gigabytes to parse
 MAX_TENSORS = 200_000
@@ -59,11 +59,7 @@ def read_json(path: Path, limit: int, roots: Sequence[Path] | None = None) -> di
         EngineError: CHECKPOINT_UNREADABLE.
     """
     try:
-        with open_untrusted(path, roots) as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            raise RefusedFileError(f"is larger than {limit} bytes")
-        return parse_object(text, MAX_JSON_VALUES)
+        return parse_object(read_untrusted(path, limit, roots), MAX_JSON_VALUES)
     except OSError as error:
         raise unreadable(path, error.strerror or "cannot be read") from error
     except RefusedFileError as error:

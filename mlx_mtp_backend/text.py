@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from tokenizers.decoders import DecodeStream
 from mlx_mtp_backend.api import ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.grammar import Grammar, Grammars
+from mlx_mtp_backend.untrusted import allowed_roots, read_untrusted
 
 MAX_FILE_BYTES = 200_000_000
+MAX_TEXT_BYTES = 8 * 2**20  # tokenizer configs of large vocabularies reach a few megabytes
 
 
 class ModelText:
@@ -103,7 +106,11 @@ class ModelText:
         return self._grammars.compile(wanted)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; the first call may take a second, as `compile`."""
+        """The bytes that a token stands for; the first call may take a second, as `compile`.
+
+        Raises:
+            EngineError: INVALID_PARAMS, if the tokenizer is of a kind that does not tell.
+        """
         return self._grammars.token_bytes(token)
 
     def growing(self) -> GrowingText:
@@ -169,13 +176,11 @@ def load_text(path: Path) -> ModelText | None:
     Raises:
         EngineError: CHECKPOINT_UNREADABLE.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("larger than any tokenizer")
-        tokenizer = Tokenizer.from_file(str(file))
+        data = _read(path / "tokenizer.json", MAX_FILE_BYTES)
+        if not data:
+            return None
+        tokenizer = Tokenizer.from_buffer(data)
         settings = _json(path / "tokenizer_config.json")
         ends = _end_tokens(path, tokenizer, settings)
         named = {key: token for key in ("bos_token", "eos_token") if (token := _token_text(settings.get(key)))}
@@ -185,8 +190,17 @@ def load_text(path: Path) -> ModelText | None:
         raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, detail) from error
 
 
+def _read(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """One of the checkpoint's files, nothing where it has none. Links must not lead out: callers see templates' text.
+
+    Raises:
+        RefusedFileError, OSError: as `read_untrusted`.
+    """
+    return read_untrusted(path, limit, allowed_roots(path.parent)) if os.path.lexists(path) else b""
+
+
 def _json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text()) if path.is_file() else {}
+    value = json.loads(_read(path) or b"{}")
     return value if isinstance(value, dict) else {}
 
 
@@ -209,9 +223,8 @@ def _end_tokens(path: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> f
 
 
 def _template(path: Path, settings: dict[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
+    if own := _read(path / "chat_template.jinja"):
+        return own.decode()
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {entry["name"]: entry["template"] for entry in template}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -29,10 +29,12 @@ from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import fused, model_key, products
 from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
 
-ROWS = (1, 2, 4, 256)
-"""Rows of the steps that are timed: plain decoding, verify passes, a chunk of a prompt."""
-CONTEXT = 512
-REPEATS = 9
+ROWS = (1, 2, 4)
+"""Rows of the steps that trials time: plain decoding and verify passes."""
+CHUNK = 256
+"""Rows of a prompt's chunk, timed besides before anything is saved: no variant changes it, but the kernels do."""
+CONTEXT = 128
+REPEATS = 7
 
 
 class TuningRefused(Exception):
@@ -44,9 +46,10 @@ class Tuned:
     """What was measured, seconds of a step by its rows, and what came of it.
 
     Attributes:
-        best: fastest variants by product and their seconds; None where the kernels failed their checks.
+        best: fastest variants by product, and their seconds measured again at the end; None where the kernels failed
+            their checks.
         saved: whether the kernels won and the file was written.
-        trials: steps timed.
+        trials: models timed.
     """
 
     model: str
@@ -64,13 +67,13 @@ def tune(
     *,
     head_path: Path | None = None,
     candidates: tuple[Variant, ...] = CANDIDATES,
-    measure: Callable[[Model], Seconds] | None = None,
+    measure: Callable[[Model, Sequence[int]], Seconds] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Tuned:
     """Tries the candidates on the checkpoint in folder `path`; saves beside `kernel_checks`, and only what wins.
 
     Args:
-        measure: seconds of a model's steps; `step_seconds` when None.
+        measure: seconds of a model's steps of so many rows; `step_seconds` when None.
         on_progress: called with what is being done.
 
     Raises:
@@ -89,23 +92,22 @@ def tune(
     registry = Registry(kernel_checks)
     trials = 0
 
-    def trial(chosen: Mapping[str, Variant]) -> Seconds | None:
+    def trial(chosen: Mapping[str, Variant], rows: Sequence[int] = ROWS) -> Seconds | None:
         nonlocal trials
         trials += 1
-        tell(f"trial {trials} of at most {1 + len(shapes) * len(candidates)}")
+        tell(f"trial {trials} of at most {2 + len(shapes) * len(candidates)}")
         variants.use(chosen)
         model = fused(stock, registry)
-        return timed(model) if not model.falls_back else None
+        return timed(model, rows) if not model.falls_back else None
 
     try:
         best = kernel_tuning.search(shapes, candidates, trial)
         # Again, one after the other: the machine may have become hot, or busy, since the trial.
-        again = trial(best.variants) if best else None
-        stock_seconds = timed(stock)
+        again = trial(best.variants, (*ROWS, CHUNK)) if best else None
+        stock_seconds = timed(stock, (*ROWS, CHUNK))
     finally:
         variants.use(registry.tuning.variants)
-    if best and again:
-        best = kernel_tuning.Result(best.variants, again)
+    best = kernel_tuning.Result(best.variants, again) if best and again else None
     won = best is not None and kernel_tuning.wins(best.seconds, stock_seconds)
     if best and won:
         registry.tuning.save(shapes, model_key(shapes), best, stock_seconds)
@@ -128,13 +130,13 @@ def load(path: Path, head_path: Path | None = None) -> Qwen35:
             return done.value
 
 
-def step_seconds(model: Model) -> dict[int, float]:
-    """Median seconds of a step, logits included, behind CONTEXT tokens, by its rows."""
+def step_seconds(model: Model, steps: Sequence[int]) -> dict[int, float]:
+    """Median seconds of steps of so many rows, logits included, behind CONTEXT tokens."""
     caches = model.trunk_caches()
     begin(caches)
     model.trunk(_tokens(model, CONTEXT), [Segment(caches, CONTEXT)])
     commit(caches, CONTEXT)
-    return {rows: statistics.median(_step(model, rows, caches)) for rows in ROWS}
+    return {rows: statistics.median(_step(model, rows, caches)) for rows in steps}
 
 
 def _step(model: Model, rows: int, caches: list[LayerCache]) -> list[float]:

@@ -36,6 +36,16 @@ def allowed_roots(folder: Path) -> tuple[Path, ...]:
     return (real,)
 
 
+def links_may_lead(path: Path) -> tuple[Path, ...] | None:
+    """Where a symbolic link that is itself the model may lead: out of a Hugging Face cache's repository never, else
+    anywhere (None), since a person has put it there.
+    """
+    for folder in Path(os.path.abspath(path)).parents:
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return (Path(os.path.realpath(folder.parent.parent)),)
+    return None
+
+
 def resolve(path: Path, roots: Sequence[Path]) -> Path:
     """`path` without symbolic links. Raises RefusedFileError where they lead out of every one of `roots`."""
     real = Path(os.path.realpath(path))
@@ -68,6 +78,15 @@ def open_untrusted(path: Path, roots: Sequence[Path] | None = None) -> Iterator[
         yield file
         if identity(os.fstat(descriptor)) != identity(opened):
             raise RefusedFileError("changed while it was read")
+
+
+def read_untrusted(path: Path, limit: int, roots: Sequence[Path] | None = None) -> bytes:
+    """A file of at most `limit` bytes, whole. Raises as `open_untrusted`, and RefusedFileError for a larger one."""
+    with open_untrusted(path, roots) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise RefusedFileError(f"is larger than {limit} bytes")
+        return file.read(size)  # one that grows meanwhile is refused at the end of the block
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:

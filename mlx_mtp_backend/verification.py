@@ -194,7 +194,14 @@ def _verdicts(loaded: LoadedModel, runs: list[Run]) -> tuple[Verdict, ...]:
         Verdict("a row's bits do not depend on its neighbours", _asked(exact), loaded.replay_reason),
         # Where rows depend on their neighbours nothing is promised, so nothing can fail.
         Verdict("drafting changes no token", (not differing) if exact or not differing else None, same),
+        Verdict("its tokenizer is there", loaded.text is not None, _text(loaded)),
     )
+
+
+def _text(loaded: LoadedModel) -> str:
+    if loaded.text is None:
+        return "no tokenizer.json: the router does not serve it"
+    return "tokenizer.json, and " + ("a chat template" if loaded.text.has_template else "no chat template")
 
 
 def _summary(wiring: WiringReport | None) -> str:

@@ -16,6 +16,7 @@ from router.settings import MODEL_NAME, DiscoverySettings, ModelSettings, Ollama
 
 logger = logging.getLogger(__name__)
 
+MAX_SHOWN = 128  # characters of a name that is refused
 MAX_DEPTH = 4  # folders below one that is searched
 MAX_LOOKED_AT = 20_000  # files and folders, so that a folder named by mistake does not hold up the start
 PROJECTOR = re.compile(r"(^|[-_.])mmproj", re.IGNORECASE)  # a vision part, which is no model by itself
@@ -108,9 +109,13 @@ async def _at_ollama(settings: Settings, known: Mapping[str, ModelSettings]) -> 
         try:
             tags = await list_tags(backend)
         except RouterError as error:
-            tags = [tag for tag, model in known.items() if model == ModelSettings(ollama=tag, backend=name)]
+            tags = [tag for tag, model in known.items() if model.ollama == tag and model.backend == name]
             logger.warning("discovery: no tags from %s, so that it keeps %d: %s", name, len(tags), error)
-        found += [(tag, ModelSettings(ollama=tag, backend=name)) for tag in tags]
+        for tag in tags:
+            if re.fullmatch(MODEL_NAME, tag):
+                found.append((tag, ModelSettings(ollama=tag, backend=name)))
+            else:
+                logger.warning("%r at %s is not served: that is no model name", tag[:MAX_SHOWN], name)
     return found
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import logging
 import os
 import platform
 import re
@@ -20,7 +23,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from router.catalog import Catalog, build_catalog
-from router.domain import ModelFormat
+from router.domain import BackendKind, BackendState, ModelFormat
 from router.settings import LlamaCppSettings, MlxSettings, Settings, data_home
 
 PROBE_TIMEOUT = 120.0  # seconds; the first import of MLX and mlx-lm on a cold disk takes many
@@ -73,7 +76,8 @@ def diagnose(settings: Settings, target: str | None) -> Diagnosis:
     home = data_home()
     checks = home / "kernel-checks.json"
     engine = probe_engine("--kernel-checks", str(checks))
-    catalog = build_catalog(settings, home / "models")
+    with _warnings("router.discovery", "router.catalog") as warnings:
+        catalog = build_catalog(settings, home / "models")
     facts: dict[str, Any] = {
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
         "memory_bytes": {"total": _memory_total(), "available": _memory_available()},
@@ -88,6 +92,8 @@ def diagnose(settings: Settings, target: str | None) -> Diagnosis:
         *_engine(engine, settings),
         *_kernels(engine),
         *_backends(settings, engine, catalog),
+        *_servers(settings, catalog),
+        *(Finding("models", State.NOTE, warning) for warning in warnings),
         *_models(catalog, settings, home / "models"),
         *([] if target is None else [_server(target)]),
     ]
@@ -162,7 +168,8 @@ def _kernels(engine: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("kernels", State.NOTE, "no GPU: MLX's own operations run")
         return
     if not checks:
-        advice = "mtp-router verify PATH checks them with a model of yours"
+        how = "tune PATH measures" if engine["platform"] == "metal" else "verify PATH checks"
+        advice = f"mtp-router {how} them with a model of yours"
         yield Finding("kernels", State.NOTE, "no kernel has been checked on this device yet", advice)
         return
     failed = [check for check in checks if check["implementation"] == "fallback"]
@@ -184,6 +191,26 @@ def _backends(settings: Settings, engine: dict[str, Any], catalog: Catalog) -> I
             yield Finding(area, State.PROBLEM if broken else State.OK, what, advice)
         elif isinstance(backend, MlxSettings):
             yield _mlx_backend(area, name, backend, engine, catalog)
+
+
+def _servers(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    """Servers that others started. One that is down is a problem where a model is wanted from it."""
+    from router.doctor_servers import ask_servers  # loads the clients
+
+    reports, homeless = asyncio.run(ask_servers(settings, catalog))
+    for report in reports:
+        status, area = report.status, f"backend {report.status.name}"
+        if status.state is not BackendState.READY:
+            what = status.error.message if status.error else "it does not answer"
+            advice = f"start it, or mend or remove backends.{status.name}"
+            yield Finding(area, State.PROBLEM if report.models else State.NOTE, what, advice)
+            continue
+        name = "Ollama" if status.kind is BackendKind.OLLAMA else "a llama-server"
+        yield Finding(area, State.OK, f"{name} answers{f', version {status.version}' if status.version else ''}")
+        for model, problem in report.problems.items():
+            yield Finding(area, State.PROBLEM, f"{model}: {problem}", f"fetch it there, or mend models.{model}")
+    for model, problem in homeless.items():
+        yield Finding("models", State.PROBLEM, problem, f"mend models.{model}, or add a backend for it")
 
 
 def _mlx_backend(area: str, name: str, backend: MlxSettings, engine: dict[str, Any], catalog: Catalog) -> Finding:
@@ -225,6 +252,25 @@ def _server(target: str) -> Finding:
     if answer.status == health_pb2.HealthCheckResponse.SERVING:
         return Finding("server", State.OK, f"serving at {target}")
     return Finding("server", State.PROBLEM, f"the server at {target} is not serving", "see its log")
+
+
+@contextlib.contextmanager
+def _warnings(*loggers: str) -> Iterator[list[str]]:
+    """What these loggers warn of meanwhile; nothing of it is printed."""
+    told: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    for name in loggers:
+        logging.getLogger(name).addHandler(collector)
+    try:
+        yield told
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeHandler(collector)
 
 
 def probe_engine(*arguments: str) -> dict[str, Any]:

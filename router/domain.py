@@ -211,6 +211,19 @@ class ModelFormat(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """A multi-token-prediction head: layers that are declared, whether their tensors are there (None: not told), what
+    runs them ("": nothing here), where they lie ("": nowhere), and whether they are another checkpoint's.
+    """
+
+    declared_layers: int
+    present: bool | None
+    driver: str = ""
+    place: str = ""
+    grafted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is known of a model's files without loading them.
 
@@ -227,6 +240,7 @@ class ModelFacts:
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
+    head: HeadFacts | None = None
     stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
-from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+from mlx_mtp_backend.untrusted import RefusedFileError, allowed_roots, read_untrusted
+from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
 from router.gguf import GgufError, GgufHeader, read_gguf_header
 from router.gguf_split import SplitError, parts
 
@@ -105,6 +106,12 @@ def _gguf_facts(path: Path) -> ModelFacts:
         size_bytes=header.file_bytes,
         cache_bytes=header.cache_bytes,
         capabilities=_gguf_capabilities(header),
+        head=HeadFacts(
+            declared_layers=header.mtp_layers,
+            present=header.mtp_layers > 0 and header.mtp_tensor is not None,
+            driver="llama.cpp" if header.mtp_layers else "",
+            place="file" if header.mtp_tensor is not None else "",
+        ),
         reasoning_switch=THINKING_SWITCH in template,
     )
 
@@ -139,7 +146,10 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         report = inspect_checkpoint(path, head_path)
     except EngineError as error:
         return ModelFacts(format=ModelFormat.CHECKPOINT, problem=f"{path.name}: {error.detail}")
-    template = _checkpoint_template(path)
+    try:
+        template = _checkpoint_template(path)
+    except RefusedFileError as error:
+        return ModelFacts(format=ModelFormat.CHECKPOINT, problem=f"{path.name}: its chat template {error}")
     problem = ""
     if report.trunk_driver is None:
         problem = f"{path.name}: the engine has no driver for model_type {report.family!r}"
@@ -153,6 +163,13 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         size_bytes=report.weight_bytes,
         cache_bytes=report.cache.bytes_per_token if report.cache else None,
         capabilities=_checkpoint_capabilities(report, template),
+        head=HeadFacts(
+            declared_layers=report.mtp.declared,
+            present=report.mtp.status is MTPStatus.PRESENT,
+            driver=report.mtp.driver or "",
+            place=report.mtp.place,
+            grafted=report.mtp.place == "head_path",
+        ),
         reasoning_switch=THINKING_SWITCH in template,
         problem=problem,
     )
@@ -198,7 +215,11 @@ def _checkpoint_quantization(report: CheckpointReport) -> str:
 
 
 def _checkpoint_template(path: Path) -> str:
-    """The chat template's text, from its own file or from the tokenizer's config; "" where there is none."""
+    """The chat template's text, from its own file or from the tokenizer's config; "" where there is none.
+
+    Raises:
+        RefusedFileError: as `read_untrusted`.
+    """
     plain = _read_text(path / "chat_template.jinja")
     if plain:
         return plain
@@ -216,8 +237,7 @@ def _checkpoint_template(path: Path) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_TEMPLATE_BYTES).decode(errors="replace")
+        return read_untrusted(path, MAX_TEMPLATE_BYTES, allowed_roots(path.parent)).decode(errors="replace")
     except OSError:
         return ""
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlx_mtp_backend.untrusted import RefusedFileError, links_may_lead, open_untrusted
+
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_METADATA_KEYS = 4096
 MAX_TENSORS = 50_000  # a mixture of experts stored one tensor per expert has some 30,000
@@ -171,11 +173,15 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Reads the header of the file at `path`, in bounded time and memory.
 
     Raises:
-        GgufError: not a GGUF file of version 2 or 3, cut short, contradictory, or beyond the limits above.
+        GgufError: not a regular file, not a GGUF file of version 2 or 3, cut short, contradictory, beyond the limits
+            above, or a link out of the Hugging Face cache's repository that it lies in.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        return _Reader(file).header()
+    try:
+        with open_untrusted(path, links_may_lead(path)) as file:
+            return _Reader(file).header()
+    except RefusedFileError as error:
+        raise GgufError(f"it {error}") from None
 
 
 class _Reader:
@@ -201,7 +207,16 @@ class _Reader:
             raise GgufError("general.alignment is not a power of two")
         entries = self._tensor_entries(tensor_count)
         data = -(-self._position // alignment) * alignment
-        tensors = {name: self._placed(entry, data, alignment) for name, entry in entries.items()}
+        tensors: dict[str, GgufTensor] = {}
+        spans: list[tuple[int, int]] = []
+        for name, entry in entries.items():
+            tensors[name], size = self._placed(entry, data, alignment)
+            spans.append((tensors[name].offset, size))
+        end = 0
+        for begin, size in sorted(spans):
+            if size and begin < end:
+                raise GgufError("its tensors overlap")
+            end = max(end, begin + size)
         return GgufHeader(metadata, tensors, self._file_bytes)
 
     def _preamble(self) -> tuple[int, int]:
@@ -309,7 +324,8 @@ class _Reader:
             entries[name] = shape, self._scalar(_U32), self._scalar(_U64)
         return entries
 
-    def _placed(self, entry: tuple[tuple[int, ...], int, int], data: int, alignment: int) -> GgufTensor:
+    def _placed(self, entry: tuple[tuple[int, ...], int, int], data: int, alignment: int) -> tuple[GgufTensor, int]:
+        """The tensor, and its bytes; 0 bytes for a type that is not known."""
         shape, code, offset = entry
         if offset % alignment:
             raise GgufError("a tensor's offset is not aligned")
@@ -318,9 +334,10 @@ class _Reader:
         name, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
         if elements % block:
             raise GgufError("a tensor's size is not a whole number of blocks")
-        if data + offset + elements // block * block_bytes > self._file_bytes:
+        size = elements // block * block_bytes
+        if data + offset + size > self._file_bytes:
             raise GgufError("a tensor reaches beyond the end of the file")
-        return GgufTensor(shape, name, data + offset)
+        return GgufTensor(shape, name, data + offset), size
 
     # Bytes
 

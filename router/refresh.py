@@ -12,7 +12,7 @@ from router.backends.base import Backend
 from router.catalog import Catalog, ModelEntry, read_catalog
 from router.dispatch import Dispatcher
 from router.domain import ErrorReason, ModelState, RouterError
-from router.settings import LlamaCppSettings, Settings
+from router.settings import LlamaCppSettings, Settings, describe_problem
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Reader:
         """Reads. Raises RouterError SETTINGS_INVALID."""
         try:
             settings = await asyncio.to_thread(self._load)
-        except (OSError, ValueError):  # of TOML and pydantic too
-            logger.exception("the settings cannot be read; everything stays as it was")
+        except (OSError, ValueError) as error:  # of TOML and pydantic too
+            logger.error("everything stays as it was: %s", describe_problem(error))
             where = "the server's log says why, and `mtp-router config` where it reads the same file"
             raise RouterError(
                 ErrorReason.SETTINGS_INVALID,

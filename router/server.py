@@ -24,7 +24,7 @@ from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
-from router.domain import BackendState, BackendStatus, ModelFormat, RouterError
+from router.domain import BackendState, BackendStatus, ErrorReason, ModelFormat, RouterError
 from router.lifecycle import Lifecycle
 from router.metrics import Gauge, Metrics, MetricsServer, gauges
 from router.refresh import Reader, Refreshed, refresh
@@ -163,10 +163,12 @@ class RouterServer:
         self._status_changed(backend.status())
 
     async def refresh(self) -> Refreshed:
-        """Reads the settings and looks for models again. Raises RouterError SETTINGS_INVALID."""
+        """Reads the settings and looks for models again. Raises RouterError SETTINGS_INVALID, DRAINING."""
         if self._reader is None:
             return Refreshed()
         async with self._refreshing:
+            if self._draining:
+                raise RouterError(ErrorReason.DRAINING, "the server is shutting down")
             found = await self._reader.read(self._dispatcher)
             for name, backend in found.backends.items():
                 await self._start_backend(backend)
@@ -237,16 +239,22 @@ class RouterServer:
         interrupt.cancel()
         for task in self._preloads:
             task.cancel()
-        for backend in self._dispatcher.backends.values():
-            await backend.close()
+        async with self._refreshing:  # it may be starting another one
+            for backend in self._dispatcher.backends.values():
+                await backend.close()
         if self._lifecycle is not None:
             await self._lifecycle.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 
 
-def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle) -> dict[str, Backend]:
-    """The configured backends by name; the MLX engine only where there is a checkpoint for it."""
+def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle | None = None) -> dict[str, Backend]:
+    """The configured backends by name; the MLX engine only where there is a checkpoint for it.
+
+    Args:
+        lifecycle: that they share; None makes one of `[scheduler]`.
+    """
+    lifecycle = lifecycle or Lifecycle(settings.scheduler)
     has_checkpoint = any(entry.facts.format is ModelFormat.CHECKPOINT for entry in catalog.entries)
     backends: dict[str, Backend] = {}
     for name, backend in settings.backends.items():
@@ -291,6 +299,8 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+    for task in refreshes:
+        task.cancel()
     await server.drain()
 
 

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     SecretStr,
     StringConstraints,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -40,6 +41,7 @@ KINDS_BY_NAME = (*BUILT_IN_BACKENDS, "ollama")  # backends of these names need n
 # Names travel in logs, health names and error metadata, so they are kept plain.
 DEFAULT_DRAFT_DEPTH = 3  # where a backend drafts a fixed number of tokens
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}"
+OLLAMA_TAG = r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}"
 ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
 BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 
@@ -286,8 +288,8 @@ class ModelSettings(_Table):
         None,
         description="GGUF file or checkpoint folder; relative to the settings file, else to the data folder",
     )
-    ollama: str | None = Field(
-        None, min_length=1, max_length=256, description="tag of a model that Ollama keeps, instead of a path"
+    ollama: Annotated[str, StringConstraints(pattern=f"^{OLLAMA_TAG}$")] | None = Field(
+        None, description="tag of a model that Ollama keeps, instead of a path"
     )
     llama_server: str | None = Field(
         None,
@@ -446,6 +448,19 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
             continue
         if variable.upper().split("__")[0] not in tables:
             raise ValueError(f"unknown environment variable {variable}; tables are {', '.join(sorted(tables))}")
+
+
+def describe_problem(error: OSError | ValueError) -> str:
+    """Why `load_settings` failed, without the values that stand in the settings: some are secrets."""
+    if isinstance(error, ValidationError):
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        return "invalid settings: " + "; ".join(problems)
+    if isinstance(error, OSError):
+        return f"cannot read the settings: {error.strerror or error}"
+    return f"invalid settings: {error}"
 
 
 def effective_settings(settings: Settings) -> dict[str, Any]:

@@ -8,22 +8,16 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from importlib.metadata import version
 
-from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams, ResponseFormat
+from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams
 from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.text import ModelText
-from router.backends.mlx_answer import (
-    Answer,
-    Prompt,
-    format_error,
-    generate_params,
-    response_format,
-    router_error,
-    template_message,
-)
+from router.backends.mlx_answer import Answer, Prompt, generate_params, router_error, template_message
+from router.backends.mlx_format import prepare
 from router.backends.mlx_models import Resident, Residents
+from router.backends.mlx_wake import Waker, share_interpreter
 from router.backends.patience import Patience, TimeIsUpError
-from router.backends.thinking import CLOSE, ThinkSplitter
+from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
 from router.domain import (
     BackendKind,
@@ -97,6 +91,7 @@ class MlxBackend:
         self._offer = Offer(self.kind, "the engine has not started")
         self._models = Residents(settings)
         self._listeners: list[Callable[[BackendStatus], None]] = []
+        self._waker: Waker | None = None
         self._closed = False
         self._restarts = 0
         self._failures = 0  # ends of the engine since an answer was given
@@ -122,6 +117,8 @@ class MlxBackend:
             prefix_cache_bytes=None if prefixes is None else prefixes << 20,
         )
         loop = asyncio.get_running_loop()
+        self._waker = Waker(loop)
+        share_interpreter()
 
         def ended() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed
@@ -285,46 +282,24 @@ class MlxBackend:
         self._require_head(model, known, request)
         context = _fitting_context(model, known, len(prompt.tokens))
         async with asyncio.timeout_at(deadline):
-            wanted = await self._format(model, request, prompt.splitter)
-            token_bytes = await self._token_bytes(model, request)
+            text = await self._models.text(model)
+            wanted = None
+            if request.response_format is not None or request.top_logprobs is not None:
+                # In a thread: a format is compiled here, so that `submit` finds it at once.
+                wanted = await asyncio.to_thread(prepare, text, request, prompt.splitter, model.name)
         time_left = None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 1e-3)
         params = generate_params(request, model.name, prompt, context, time_left, wanted)
         context_cut = params.max_tokens < request.stop.max_output_tokens
-        answer = Answer(request, prompt.splitter, context_cut=context_cut, token_bytes=token_bytes)
+        answer = Answer(request, prompt.splitter, context_cut=context_cut, token_bytes=text.token_bytes)
         async with contextlib.aclosing(self._stream(known, params, answer)) as events:
             async for event in events:
                 yield event
 
-    async def _format(
-        self, model: ModelEntry, request: GenerationRequest, splitter: ThinkSplitter | None
-    ) -> ResponseFormat | None:
-        """The response format as the engine takes it; compiled here, in a thread, so that `submit` finds it at once."""
-        if request.response_format is None:
-            return None
-        text = await self._models.text(model)
-        wanted = response_format(request, splitter, text.encode(CLOSE), model.name)
-        try:
-            await asyncio.to_thread(text.compile, wanted)
-        except EngineError as error:
-            raise format_error(error, request.response_format.kind) from None
-        return wanted
-
-    async def _token_bytes(self, model: ModelEntry, request: GenerationRequest) -> Callable[[int], bytes]:
-        """What tells a token's bytes; readied in a thread where log-probabilities will ask for it."""
-        text = await self._models.text(model)
-        if request.top_logprobs is not None:
-            await asyncio.to_thread(text.token_bytes, 0)
-        return text.token_bytes
-
     async def _stream(self, known: Resident, params: GenerateParams, answer: Answer) -> AsyncGenerator[Event, None]:
         """One stream of the engine, from its submission to its last event; leaving cancels it."""
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(ready.set)
-
+        ready, waker = asyncio.Event(), self._waker or Waker(asyncio.get_running_loop())
         try:
-            stream = self._running().submit(params, wake)
+            stream = self._running().submit(params, lambda: waker.wake(ready))
         except EngineError as error:
             raise router_error(error, params.model) from None
         known.streams.add(stream)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import mlx_mtp_backend as engine
 from router.backends.thinking import ThinkSplitter
 from router.domain import (
-    Capability,
     Delta,
     DraftSource,
     DraftTimes,
@@ -18,11 +17,9 @@ from router.domain import (
     FieldViolation,
     Finished,
     FinishReason,
-    FormatKind,
     GenerationRequest,
     Message,
     Prefilling,
-    ReasoningMode,
     Replay,
     RouterError,
     SpeculationMode,
@@ -64,12 +61,6 @@ FIELDS = {
     "depth": "speculation.depth",
     "time_limit": "time_budget",
 }
-FORMATS = {
-    FormatKind.JSON_SCHEMA: engine.FormatKind.JSON_SCHEMA,
-    FormatKind.JSON_OBJECT: engine.FormatKind.JSON_SCHEMA,
-    FormatKind.REGEX: engine.FormatKind.REGEX,
-    FormatKind.GRAMMAR: engine.FormatKind.LARK,
-}
 REASONS = {
     engine.FinishReason.STOP_STRING: FinishReason.STOP_SEQUENCE,
     engine.FinishReason.MAX_TOKENS: FinishReason.MAX_TOKENS,
@@ -100,33 +91,6 @@ def template_message(message: Message) -> dict[str, object]:
     return plain
 
 
-def response_format(
-    request: GenerationRequest, splitter: ThinkSplitter | None, close: list[int], model: str
-) -> engine.ResponseFormat:
-    """The request's response format as the engine takes it. It binds the answer, not the thinking before it.
-
-    Args:
-        splitter: knows whether the prompt makes the model start in thought.
-        close: token ids of the tag that ends a thought.
-
-    Raises:
-        RouterError: CAPABILITY_UNAVAILABLE where the thought has no beginning or no end that can be told.
-    """
-    wanted = request.response_format
-    assert wanted is not None
-    in_thought = splitter is not None and splitter.thinking
-    unbound = not in_thought and request.reasoning is ReasoningMode.ON
-    if unbound or (in_thought and len(close) != 1):
-        why = "its template does not open a thought" if unbound else "the end of its thoughts is not one token"
-        raise RouterError(
-            ErrorReason.CAPABILITY_UNAVAILABLE,
-            f"model {model!r} cannot think before an answer in a response format: {why}",
-            metadata={"model": model, "capability": Capability.REASONING.name},
-        )
-    rule = '{"type": "object"}' if wanted.kind is FormatKind.JSON_OBJECT else wanted.rule
-    return engine.ResponseFormat(FORMATS[wanted.kind], rule, after=close[0] if in_thought else None)
-
-
 def generate_params(
     request: GenerationRequest,
     model: str,
@@ -141,16 +105,14 @@ def generate_params(
         model: the name that it was loaded under.
         prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
-        wanted: see `response_format`.
+        wanted: the response format, see `mlx_format.prepare`.
 
     Raises:
         RouterError: INVALID_REQUEST for parameters that cannot go together.
     """
     sampling, stop = request.sampling, request.stop
     if wanted is not None and stop.ignore_end_of_generation:
-        raise _invalid(
-            "stop.ignore_end_of_generation", "an answer in a response format ends with the model's own token"
-        )
+        raise invalid("stop.ignore_end_of_generation", "an answer in a response format ends with the model's own token")
     max_tokens = min(stop.max_output_tokens, context_length - len(prompt.tokens))
     return engine.GenerateParams(
         model=model,
@@ -303,9 +265,9 @@ def router_error(error: engine.EngineError, model: str) -> RouterError:
             message = f"model {model!r} was unloaded"
             return RouterError(ErrorReason.BACKEND_UNAVAILABLE, message, metadata=metadata, retry_after=1.0)
         case engine.ErrorReason.INVALID_PARAMS | engine.ErrorReason.PROMPT_EMPTY:
-            return _invalid(FIELDS.get(error.field or "", "prompt"), "the engine refuses this value")
+            return invalid(FIELDS.get(error.field or "", "prompt"), "the engine refuses this value")
         case engine.ErrorReason.TOKEN_OUT_OF_RANGE:
-            return _invalid(FIELDS.get(error.field or "", "prompt"), "a token is not in the model's vocabulary")
+            return invalid(FIELDS.get(error.field or "", "prompt"), "a token is not in the model's vocabulary")
         case engine.ErrorReason.GRAMMAR_LIMIT:
             message = "following the response format took more work than is allowed for a token"
             return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
@@ -314,12 +276,8 @@ def router_error(error: engine.EngineError, model: str) -> RouterError:
             return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
 
 
-def format_error(error: engine.EngineError, kind: FormatKind) -> RouterError:
-    """The error for a response format that cannot be followed. The engine says why in words of its own."""
-    return _invalid(f"response_format.{kind.value}", error.detail)
-
-
-def _invalid(field: str, description: str) -> RouterError:
+def invalid(field: str, description: str) -> RouterError:
+    """An INVALID_REQUEST error that names one field."""
     return RouterError(
         ErrorReason.INVALID_REQUEST,
         f"invalid request: {field}: {description}",

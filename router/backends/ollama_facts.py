@@ -8,7 +8,7 @@ from typing import Any
 
 from ollama import ShowResponse
 
-from router.domain import Capability, CapabilityFact, ModelFacts, ModelFormat
+from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
 from router.gguf import gguf_cache_bytes
 
 MAX_TEXT = 400  # characters of evidence
@@ -34,6 +34,7 @@ def read_show(tag: str, shown: ShowResponse, size_bytes: int | None) -> ModelFac
         context_length=context if isinstance(context, int) and context > 0 else None,
         size_bytes=size_bytes,
         cache_bytes=gguf_cache_bytes(info),
+        head=_head_facts(shown, info),
         capabilities=_capabilities(tag[:MAX_TEXT], listed, shown, info),
         reasoning_switch="thinking" in listed,
     )
@@ -59,12 +60,24 @@ def _capabilities(tag: str, listed: frozenset[str], shown: ShowResponse, info: M
     }
 
 
+def _head_facts(shown: ShowResponse, info: Mapping[str, Any]) -> HeadFacts | None:
+    """What the metadata declares; Ollama does not tell of the tensors, nor anything of models on its own MLX engine."""
+    heads = info.get(f"{_architecture(shown, info)}.nextn_predict_layers")
+    if isinstance(heads, int) and heads > 0:
+        return HeadFacts(heads, present=None, driver="Ollama")
+    return None if _on_mlx(shown) else HeadFacts(0, present=False)
+
+
+def _on_mlx(shown: ShowResponse) -> bool:
+    return shown.details is not None and shown.details.format not in (None, "", "gguf")
+
+
 def _head(shown: ShowResponse, info: Mapping[str, Any]) -> CapabilityFact:
     key = f"{_architecture(shown, info)}.nextn_predict_layers"
     heads = info.get(key)
     if isinstance(heads, int) and heads > 0:
         return CapabilityFact(True, f"{key} = {heads} in what Ollama shows of the model")
-    if shown.details and shown.details.format not in (None, "", "gguf"):
+    if _on_mlx(shown):
         return CapabilityFact(None, "Ollama's own MLX engine runs it, which drafts where it can and does not tell")
     return CapabilityFact(False, f"no {key} in what Ollama shows of the model")
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from pydantic import ValidationError
-
 from router.cli.failures import UsageError, one_line
 from router.client import DEFAULT_DEADLINE, Client, RetryPolicy
-from router.settings import Settings, load_settings
+from router.settings import Settings, describe_problem, load_settings
 
 # A server may listen at every address of its host; a client needs one.
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
@@ -24,21 +22,8 @@ def checked_settings(load: Callable[[], Settings]) -> Settings:
     """What `load` reads. Raises UsageError."""
     try:
         return load()
-    except ValidationError as error:
-        raise UsageError(describe_settings(error)) from None
-    except OSError as error:
-        raise UsageError(f"cannot read the settings: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UsageError(f"invalid settings: {one_line(str(error))}") from None
-
-
-def describe_settings(error: ValidationError) -> str:
-    """Every broken setting by its dotted name, in one line."""
-    problems = [
-        f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors()
-    ]
-    return one_line("invalid settings: " + "; ".join(problems))
+    except (OSError, ValueError) as error:  # of TOML and pydantic too
+        raise UsageError(one_line(describe_problem(error))) from None
 
 
 def find_target(arguments: argparse.Namespace) -> str:

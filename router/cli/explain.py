@@ -26,6 +26,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"why:     {one_line(model.route.reason)}")
         if model.HasField("memory_bytes"):
             print(f"memory:  about {model.memory_bytes / 1e6:.0f} MB once loaded, every context full")
+        if model.HasField("mtp_head"):
+            print(f"head:    {_head(model.mtp_head)}")
     if model.fallbacks and not arguments.json:
         print(f"else:    {one_line(', then '.join(model.fallbacks))}")
     return FAILED if model.problem else OK
+
+
+def _head(head: v1.MtpHead) -> str:
+    """A head in a few words."""
+    if not head.declared_layers and not head.present:
+        return "none"
+    present = "not told" if not head.HasField("present") else "present" if head.present else "absent or incomplete"
+    where = f" ({'grafted, ' if head.grafted else ''}{head.place})" if head.place else ""
+    return one_line(
+        f"{head.declared_layers} layers declared, tensors {present}{where}, run by {head.driver or 'nothing'}"
+    )

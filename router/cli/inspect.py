@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def _plain(facts: ModelFacts, path: Path, head: Path | None) -> dict[str, Any]:
         "context_length": facts.context_length,
         "size_bytes": facts.size_bytes,
         "cache_bytes_per_token": facts.cache_bytes,
+        "mtp_head": None if facts.head is None else asdict(facts.head),
         "problem": facts.problem,
         "capabilities": {
             capability.value: {"supported": fact.supported, "evidence": fact.evidence}

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         return FAILED
     finally:
         tell("")
-    print(json.dumps(_fields(tuned)) if arguments.json else "\n".join(lines(tuned)))
+    print(json.dumps(fields(tuned)) if arguments.json else "\n".join(lines(tuned)))
     return OK
 
 
@@ -53,7 +53,8 @@ def lines(tuned: Tuned) -> list[str]:
     return [*report, "", verdict]
 
 
-def _fields(tuned: Tuned) -> dict[str, object]:
+def fields(tuned: Tuned) -> dict[str, object]:
+    """The report for a program."""
     best = tuned.best and {
         "variants": {product: dataclasses.asdict(variant) for product, variant in tuned.best.variants.items()},
         "seconds": dict(tuned.best.seconds),

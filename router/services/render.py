@@ -14,6 +14,7 @@ from router.domain import (
     Delta,
     Finished,
     GenerationRequest,
+    HeadFacts,
     Loading,
     Progress,
     Queued,
@@ -200,6 +201,17 @@ def model(look: Look) -> v1.Model:
         problem=look.problem,
         memory_bytes=look.memory_bytes,
         fallbacks=entry.settings.fallbacks,
+        mtp_head=_head(facts.head) if facts.head else None,
+    )
+
+
+def _head(head: HeadFacts) -> v1.MtpHead:
+    return v1.MtpHead(
+        declared_layers=head.declared_layers,
+        present=head.present,
+        driver=head.driver,
+        place=head.place,
+        grafted=head.grafted,
     )
 
 

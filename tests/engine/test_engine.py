@@ -71,6 +71,13 @@ def idle(engine: Engine) -> bool:
     return False
 
 
+def until(holds, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def reason_of(call) -> ErrorReason:
     with pytest.raises(EngineError) as caught:
         call()
@@ -177,16 +184,16 @@ def test_a_time_limit_leaves_a_prefix(engine):
 
 
 def test_a_slow_reader_pauses_then_is_cut_with_a_prefix(history):
-    options = EngineOptions(device="cpu", stream_buffer=8, slow_reader_limit=0.4)
+    options = EngineOptions(device="cpu", stream_buffer=8, slow_reader_limit=1.0)
     with Engine(options) as engine:
         engine.load("history", history, QUIET).result(timeout=60)
         whole = tokens_of(reply(engine, ask(max_tokens=60)))
         assert len(whole) == 60
         stream = engine.submit(ask(max_tokens=60))
-        time.sleep(0.25)
+        until(lambda: stream.full)
         early = stream.read()
         assert 8 <= len(tokens_of(early)) < 20
-        time.sleep(1.0)
+        until(lambda: stream.finished)
         late = stream.read()
         assert late[-1].reason is FinishReason.SLOW_READER
         cut = tokens_of([*early, *late])

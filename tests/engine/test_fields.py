@@ -137,6 +137,15 @@ def depth(ask: Asker) -> None:
     assert [len(reply.end.statistics.drafted) for reply in replies.values()] == [0, 1, 4]
 
 
+def boundaries(ask: Asker) -> None:
+    """Two prompts that part behind the boundary: the second starts from the last whole chunk within it."""
+    shared, cached = tuple(range(100, 140)), []
+    for name in (shared, shared[::-1]):
+        ask(prompt=name + PROMPT, **({"boundaries": (len(name),)} if name is shared else {}))
+        cached.append(ask(prompt=name + PROMPT[::-1]).end.statistics.cached_tokens)
+    assert cached == [32, 0]
+
+
 def stop_tokens(ask: Asker) -> None:
     stop = ask.plain.tokens[4]
     reply = ask(stop_tokens=frozenset({stop}))
@@ -215,7 +224,19 @@ CHECKS: dict[str, Callable[[Asker], None]] = {
     check.__name__: check
     for check in (
         *(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias),
-        *(model, prompt, max_tokens, sampling, seed, depth, stop_tokens, ignore_eos, stop_strings, time_limit),
+        *(
+            model,
+            prompt,
+            max_tokens,
+            sampling,
+            seed,
+            depth,
+            boundaries,
+            stop_tokens,
+            ignore_eos,
+            stop_strings,
+            time_limit,
+        ),
         *(min_tokens, response_format, logprobs),
     )
 }

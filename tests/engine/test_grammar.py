@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from mlx_mtp_backend import grammar, json_schema
 from mlx_mtp_backend.api import FormatKind, ResponseFormat
@@ -164,6 +165,17 @@ def test_a_model_without_an_end_cannot_follow_a_format(text):
     with pytest.raises(EngineError) as caught:
         endless.compile(schema({}))
     assert caught.value.field == "response_format"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told():
+    words = ModelText(Tokenizer(models.WordLevel({"a": 0, "end": 1}, unk_token="a")), None, {}, frozenset({1}))
+    for call, field in (
+        (lambda: words.compile(schema({})), "response_format"),
+        (lambda: words.token_bytes(0), "logprobs"),
+    ):
+        with pytest.raises(EngineError) as caught:
+            call()
+        assert (caught.value.reason, caught.value.field) == (ErrorReason.INVALID_PARAMS, field)
 
 
 def test_compiled_formats_are_kept_and_not_shared_between_replies(text, monkeypatch):

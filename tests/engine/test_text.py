@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -79,12 +79,25 @@ def test_a_broken_tokenizer_is_typed(pass_through, tmp_path):
     assert load_text(folder) is None
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_is_a_link_out_is_not_read(pass_through, tmp_path, name):
+    folder = tmp_path / "m"
+    shutil.copytree(pass_through, folder)
+    (folder / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("{{ 'a secret' }}")
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(EngineError, match="leads out of its model's folder") as caught:
+        load_text(folder)
+    assert caught.value.reason is ErrorReason.CHECKPOINT_UNREADABLE
+
+
 def test_reasoning_marks_are_text_and_special_tokens_are_not(pass_through):
     text = load_text(pass_through)
     tokens = text.encode("<think>so</think>done<|im_end|>")
     assert text.decode(tokens) == "<think>so</think>done"
 
 
+@settings(deadline=None)  # each example reads the tokenizer
 @given(st.text(max_size=60))
 def test_growing_text_is_the_text_and_never_cuts_a_character(pass_through, value):
     text = load_text(pass_through)

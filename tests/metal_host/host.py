@@ -5,7 +5,6 @@ The text is the one that MLX generates around a kernel's header and body for the
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,36 +12,28 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from tests.metal_host.mlx_source import generated, parameters
+
 HERE = Path(__file__).parent
 COMPILER = "clang++-19"
 CACHE = Path(tempfile.gettempdir()) / f"metal-host-{os.getuid()}"
 # MLX compiles Metal 3.1, which is C++14.
-_LANGUAGE = [
-    "-std=c++14",
-    "-nostdinc",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-attributes",
-    "-Wno-unused",
-    "-Wno-unused-parameter",
-]
-_TYPED = ["-DTYPED", "-fsyntax-only", "-Wdouble-promotion"]
-_RUN = [
-    *("-O1", "-fPIC", "-c", "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
-    *("-mllvm", "-tsan-instrument-read-before-write"),
-    *("-fsanitize=array-bounds,shift,signed-integer-overflow,integer-divide-by-zero", "-fno-sanitize-recover=all"),
-    *("-ffp-contract=off", "-fno-stack-protector"),
-]
-_PARAMETER = re.compile(r"^  (?P<type>.+?) ?(?P<name>\w+) \[\[(?P<what>\w+)(?:\((?P<index>\d+)\))?\]\]", re.MULTILINE)
+_WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-Wno-unused", "-Wno-unused-parameter"]
+_LANGUAGE = ["-std=c++14", "-nostdinc", "-Wdouble-promotion", *_WARNINGS]
+# Calls before each load and store, also of what is written just after; they reach our runtime, not clang's.
+_WATCHED = "-fsanitize=thread -fno-sanitize-link-runtime -mllvm -tsan-instrument-func-entry-exit=0"
+_WATCHED += " -mllvm -tsan-instrument-read-before-write"
+_CHECKED = "-fsanitize=array-bounds,shift,signed-integer-overflow,integer-divide-by-zero -fno-sanitize-recover=all"
+_RUN = f"-O1 -fPIC -shared -nostdlib -ffp-contract=off -fno-stack-protector {_WATCHED} {_CHECKED}".split()
 _ATTRIBUTES = {
     "thread_position_in_grid": "in_grid",
     "thread_position_in_threadgroup": "in_threadgroup",
@@ -56,8 +47,17 @@ _ATTRIBUTES = {
     "simdgroups_per_threadgroup": "simdgroups",
 }
 _SCALARS = ("index", "lane", "simdgroup", "simdgroups")
-_WRAPPER = """
-#ifndef TYPED
+# The typed text is only checked: nothing calls an inline function, so no code is made of it.
+_SOURCE = """#define TYPED
+namespace typed {{
+#include "{names}"
+#line 1 "generated.metal"
+{typed}
+}}
+#undef TYPED
+#include "{names}"
+#line 1 "generated.metal"
+{text}
 struct Position {{
   uint in_grid[3], in_threadgroup[3], threadgroup_[3], threads[3], grid[3], groups[3];
   uint index, lane, simdgroup, simdgroups;
@@ -68,7 +68,6 @@ extern "C" char* host_shared(int end) {{ return end ? __stop_threadgroup_memory 
 extern "C" __attribute__((no_sanitize("thread"))) void host_lane(void** buffers, const Position& at) {{
   {kernel}({arguments});
 }}
-#endif
 """
 
 
@@ -143,7 +142,7 @@ class HostLaunch:
     ) -> str:
         """The text that MLX would give to Metal's compiler after its preamble."""
         forms = tuple((a.shape, a.dtype) for a in inputs)
-        return _generated(
+        return generated(
             self.name,
             self.input_names,
             self.output_names,
@@ -186,12 +185,6 @@ class Buffer:
     output: bool = False
 
 
-def parameters(text: str) -> list[dict[str, str]]:
-    """The parameters of the kernel that MLX generated: type, name, attribute and buffer index."""
-    signature = text[text.rindex("[[kernel]] void ") :]
-    return [m.groupdict() for m in _PARAMETER.finditer(signature[: signature.index(") {\n")])]
-
-
 def run(
     text: str,
     flags: tuple[str, ...],
@@ -224,22 +217,25 @@ def compiled(text: str, flags: tuple[str, ...] = ()) -> Path:
     """A library with the kernel, from an earlier run where nothing has changed."""
     # A macro cannot tell a variable in threadgroup memory, which all lanes share, from a pointer into it.
     text = re.sub(r"(?m)((?:^|[;{}])\s*)(threadgroup [^*&;=(]*\[)", r"\1threadgroup_variable \2", text)
-    names = (HERE / "metal_names.h").read_text()
-    digest = hashlib.sha256("\0".join([text, names, _WRAPPER, *_RUN, *_TYPED, *flags]).encode()).hexdigest()[:24]
+    names = HERE / "metal_names.h"
+    whole = _SOURCE.format(
+        names=names, typed=text.replace("[[kernel]] void", "[[kernel]] inline void"), text=text, **_call(text)
+    )
+    digest = hashlib.sha256("\0".join([whole, names.read_text(), *_LANGUAGE, *_RUN, *flags]).encode()).hexdigest()[:24]
     library = CACHE / f"{digest}.so"
     if library.exists():
         return library
     CACHE.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        source, code, linked = (Path(folder) / f"kernel.{end}" for end in ("cpp", "o", "so"))
-        source.write_text(f'#include "{HERE / "metal_names.h"}"\n#line 1 "generated.metal"\n{text}{_wrapper(text)}')
-        _clang([*_LANGUAGE, *_TYPED, str(source)], [*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(code)])
-        _clang(["-shared", "-nostdlib", str(code), "-o", str(linked)])
+        source, linked = (Path(folder) / f"kernel.{end}" for end in ("cpp", "so"))
+        source.write_text(whole)
+        _clang([*_LANGUAGE, *_RUN, *flags, str(source), "-o", str(linked)])
         linked.replace(library)
     return library
 
 
-def _wrapper(text: str) -> str:
+def _call(text: str) -> dict[str, str]:
+    """The kernel's name, and its arguments from buffers and a lane's position."""
     kernel = re.search(r"\[\[kernel\]\] void (\w+)\(", text)
     assert kernel, text
     arguments = []
@@ -252,23 +248,22 @@ def _wrapper(text: str) -> str:
             name = _ATTRIBUTES[p["what"]]
             three = f"{{at.{name}[0], at.{name}[1], at.{name}[2]}}".replace("at.threadgroup[", "at.threadgroup_[")
             arguments.append(f"at.{name}" if name in _SCALARS else f"uint3{three}")
-    return _WRAPPER.format(kernel=kernel[1], arguments=", ".join(arguments))
+    return {"kernel": kernel[1], "arguments": ", ".join(arguments)}
 
 
 def available() -> str | None:
-    """None where the compiler is installed, else what to do."""
+    """None where kernels run on the host, else what to do."""
+    if sys.platform != "linux":
+        return "the host harness runs on Linux; on a Mac, benchmarks/gpu_checks.py runs the kernels themselves"
     if shutil.which(COMPILER):
         return None
     return f"{COMPILER} is not installed; on Debian: apt-get install clang-19"
 
 
-def _clang(*commands: list[str]) -> None:
-    """Runs the compiler on each list of arguments, all at once."""
-    started = [subprocess.Popen([COMPILER, *c], stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate()[1] for process in started]
-    for process, error in zip(started, errors, strict=True):
-        if process.returncode:
-            raise MetalSyntaxError(error[:2000])
+def _clang(arguments: list[str]) -> None:
+    done = subprocess.run([COMPILER, *arguments], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise MetalSyntaxError(done.stderr[:2000])
 
 
 @functools.cache
@@ -284,54 +279,6 @@ def _runtime() -> ctypes.CDLL:
     runtime.mtl_buffer.restype = ctypes.c_void_p
     runtime.mtl_buffer.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
     return runtime
-
-
-@functools.cache
-def _generated(
-    name: str,
-    input_names: tuple[str, ...],
-    output_names: tuple[str, ...],
-    source: str,
-    header: str,
-    forms: tuple[tuple[tuple[int, ...], mx.Dtype], ...],
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[mx.Dtype, ...],
-) -> str:
-    """MLX prints the text while it records a launch for another machine, which it does without Metal too."""
-    kernel = mx.fast.metal_kernel(
-        name=name, input_names=input_names, output_names=output_names, source=source, header=header
-    )
-
-    def launch(*inputs: mx.array) -> list[mx.array]:
-        return kernel(
-            inputs=list(inputs),
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
-            verbose=True,
-        )
-
-    with tempfile.TemporaryDirectory() as folder, _standard_output() as printed:
-        mx.export_function(str(Path(folder) / "launch.mlxfn"), launch, *(mx.zeros(s, d) for s, d in forms))
-    text = printed[0]
-    return text[text.index("```\n") + 4 : text.rindex("\n```")]
-
-
-@contextlib.contextmanager
-def _standard_output() -> Iterator[list[str]]:
-    """What C++ code writes to standard output."""
-    printed: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(1)
-        os.dup2(file.fileno(), 1)
-        try:
-            yield printed
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-        file.seek(0)
-        printed.append(file.read().decode())
 
 
 def _to_bytes(array: mx.array) -> bytes:

@@ -1,8 +1,15 @@
 // The names of the Metal standard library that the shipped kernels use, for clang on a host.
 //
-// With TYPED every address space is a type of its own, for a syntax check in which confusing two of them is an error.
-// Without it address spaces vanish and lanes run on runtime.cpp. A name that is missing here fails to compile.
-#pragma once
+// Included twice. With TYPED every address space is a type of its own, and confusing two of them is an error. Without it
+// address spaces vanish and lanes run on runtime.cpp. A name that is missing here fails to compile.
+#undef device
+#undef constant
+#undef threadgroup
+#undef threadgroup_variable
+#undef thread
+#undef double
+#undef INFINITY
+#undef ALWAYS
 
 #ifdef TYPED
 #define device __attribute__((address_space(1)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
-from mtp_kernels.few_row_matmul import few_row_matmul, variants
+from mtp_kernels import few_row_matmul
+from mtp_kernels.few_row_attention import few_row_attention, reference
+from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.few_row_matmul.variants import CANDIDATES, Variant
 from mtp_kernels.launch import metal_through
-from mtp_kernels.registry import Case, check
+from mtp_kernels.registry import Case, check, relative_error
 
 from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix
 from tests.metal_host.host import Host
@@ -20,7 +24,6 @@ def matmul(features: tuple[int, ...], inputs: int, bits: int, group: int, dtype:
     return matmul_case([matrix(n, inputs, bits, group, dtype) for n in features], dtype, **fusion)
 
 
-FORMATS = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (16, 0)]
 CASES = {
     "matmul-norm-two": (lambda: matmul((40, 21), 1280, 4, 64, BF16, norm=True), (1, 3, 5)),
     "matmul-swiglu": (lambda: matmul((37, 37), 256, 4, 64, BF16, swiglu=True, norm=True), (1,)),
@@ -35,12 +38,14 @@ CASES = {
     "attention": (lambda: attention_case(6, 2, BF16), (1, 3, 5)),
     "attention-half": (lambda: attention_case(8, 1, F16), (1,)),
 }
-for _bits, _group in FORMATS:
-    for _dtype, _name in ((BF16, "bf16"), (F16, "half")):
-        CASES[f"matmul-{_bits}b-g{_group}-{_name}"] = (
-            lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
-            (1,),
-        )
+for _bits, _group, _dtype in [
+    *((4, 32, F16), (4, 64, BF16), (4, 64, F16), (4, 128, BF16)),
+    *((8, 32, BF16), (8, 64, BF16), (8, 64, F16), (8, 128, F16), (16, 0, BF16), (16, 0, F16)),
+]:
+    CASES[f"matmul-{_bits}b-g{_group}-{'bf16' if _dtype == BF16 else 'half'}"] = (
+        lambda b=_bits, g=_group, d=_dtype: matmul((19,), 512, b, g, d),
+        (1,),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,20 +71,25 @@ TRIED |= {v for v in CANDIDATES if (v.words, v.splits) == (1, 2)}
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_what_tuning_may_choose(bits: int, tally, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each passes, and those that deal K out alike have the same bits."""
+    """Right in float32, where no rounding hides a row's last bit, and alike where K is dealt out alike."""
     mx.random.seed(7)
     matrices = [matrix(21, 640, bits, 64 if bits < 16 else 0, BF16)]
-    x = mx.random.normal((8, 640)).astype(BF16)
+    x, norm = mx.random.normal((8, 640)).astype(BF16), mx.random.uniform(0.5, 1.5, (640,)).astype(BF16)
     dealt: dict[tuple[int, int], mx.array] = {}
+    fused = {"norm_weight": norm, "out_dtype": mx.float32}
+    want = few_row_matmul.reference(x, matrices, **fused)
     for variant in TRIED if bits == 4 else [v for v in DEALT.values() if v.splits == 2]:
-        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices): variant})
+        monkeypatch.setattr(variants, "_tuned", {variants.form(matrices, norm=True): variant})
         with tally("few_row_matmul") as entry, metal_through(Host()):
-            choice = check(matmul_case(matrices, BF16))
-            got = few_row_matmul(x, matrices)
-        assert choice.implementation == "metal", f"{variant}: {choice.reason}"
-        assert choice.version.endswith(f"-{variant}")
-        assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got)
+            assert matmul_case(matrices, BF16, norm=True).version.endswith(f"-{variant}")
+            got = few_row_matmul.few_row_matmul(x, matrices, **fused)
+            alone = [few_row_matmul.few_row_matmul(x[i : i + 1], matrices, **fused) for i in range(8)]
         entry.cases += 1
+        error = relative_error(got, want)
+        entry.worst = max(entry.worst, error)
+        assert error < 1e-6, variant
+        assert mx.array_equal(mx.concatenate(alone), got), variant
+        assert mx.array_equal(dealt.setdefault((variant.words, variant.splits), got), got), variant
 
 
 def test_variants_that_no_kernel_has() -> None:
@@ -95,3 +105,42 @@ def test_starting_values_follow_the_gpu_and_the_matrix() -> None:
     sizes = [m1.outputs(rows, norm=norm, swiglu=False) for norm in (False, True) for rows in (1, 4, 6, 8)]
     assert sizes == [4, 4, 4, 3, 4, 4, 3, 2]
     assert [m1.outputs(rows, norm=True, swiglu=True) for rows in (1, 4, 6, 8)] == [2, 2, 1, 1]
+
+
+def test_attention_rows_that_cross_into_the_next_split(tally) -> None:
+    """Rows at positions 60 to 66: some reach the second split of 64, some do not."""
+    mx.random.seed(7)
+    shapes = [(7, 4, 256), (1, 2, 96, 256), (1, 2, 96, 256), (2, 2, 64, 256), (7, 12 * 256)]
+    q, k, v, tail, projected = (mx.random.normal(shape).astype(F16) for shape in shapes)
+
+    def run(implementation, rows: int) -> mx.array:
+        return mx.concatenate(
+            [
+                implementation(
+                    q[i : i + rows], k, v, tail, mx.array([40, 60 + i], dtype=mx.int32), projected[i : i + rows]
+                )
+                for i in range(0, 7, rows)
+            ]
+        )
+
+    with tally("few_row_attention") as entry, metal_through(Host()):
+        got, others = run(few_row_attention, 7), [run(few_row_attention, rows) for rows in (1, 3)]
+        entry.cases += 1
+    assert relative_error(got, run(reference, 7)) <= TOLERANCE[F16]
+    assert all(mx.array_equal(got, other) for other in others)
+
+
+CONTRACTING = ("-ffp-contract=fast", "-mfma")
+CPU = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPU.exists() or "fma" not in CPU.read_text().split(), reason="this processor has no fused fma")
+@pytest.mark.parametrize("name", ["matmul-norm-two", "matmul-swiglu", "delta", "attention"])
+def test_rows_keep_their_bits_where_a_compiler_contracts(name: str, tally) -> None:
+    """Apple's compiler may turn products and sums into fma as it likes; other rows must not change what it likes."""
+    make, rows = CASES[name]
+    mx.random.seed(7)
+    with tally(make().kernel) as entry, metal_through(Host(flags=CONTRACTING)):
+        choice = check(make(), rows=rows)
+    assert choice.rows_equal, choice.reason
+    entry.cases += 1

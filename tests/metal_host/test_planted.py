@@ -53,6 +53,7 @@ class Bug:
         old: found once in the text.
         new: what replaces it.
         by: what the reason must say; empty for any.
+        rows: of the passes that eight rows must be compared with to see it.
     """
 
     what: str
@@ -60,6 +61,7 @@ class Bug:
     old: str
     new: str
     by: str = ""
+    rows: tuple[int, ...] = ()
 
 
 BUGS = [
@@ -89,7 +91,8 @@ BUGS = [
     Bug("wrong head", gated_delta, "key_head = head / (HV / HK)", "key_head = head % HK", "race|differs"),
     Bug("window written twice", gated_delta, " || head % (HV / HK) == 0", " || true", "race"),
     Bug("replay rounds once more", gated_delta, "q[2 * kDim + value_row], decay",
-        "start + t < kept_rows ? float(T(q[2 * kDim + value_row])) : q[2 * kDim + value_row], decay", "rows differ"),
+        "start + t < kept_rows ? float(T(q[2 * kDim + value_row])) : q[2 * kDim + value_row], decay", "rows differ",
+        (1,)),
     Bug("unaligned", gated_delta, "reinterpret_cast<const device float4*>(state + own)",
         "reinterpret_cast<const device float4*>(state + own + 1)", "unaligned|out of bounds"),
     Bug("off by one", attention_inputs, "row < used + rows", "row <= used + rows", "differs"),
@@ -103,6 +106,19 @@ BUGS = [
         "float other = 0.0f; if (first) other = simd_shuffle_xor(v[i], kHalfLanes);", "diverges"),
     Bug("wrong address space", attention_inputs,
         "const device T* weight, uint lane", "const threadgroup T* weight, uint lane", "error"),
+    Bug("off by one", attention, "at < min(start + kSplit, last + 1)", "at < min(start + kSplit, last)", rows=(1,)),
+    Bug("off by one", attention, "lane % kBlock > own_last", "lane % kBlock >= own_last", "differs"),
+    Bug("last position not clamped", attention, "float k[kOwn];", "key += (at + p - read) * 512 * kDim; float k[kOwn];",
+        "out of bounds"),
+    Bug("wrong lane", attention, "simd_shuffle(weight, ushort(m * kBlock + p))",
+        "simd_shuffle(weight, ushort(m * kBlock + (p ^ 1)))", "differs"),
+    Bug("wrong lane", attention, "d < kBlock; d *= 2) v +=", "d < 2 * kBlock; d *= 2) v +=", "differs"),
+    Bug("wrong row's factor", attention, "simd_shuffle(factor, ushort(m * kBlock))", "simd_shuffle(factor, ushort(0))",
+        "differs"),
+    Bug("tail read as buffer", attention, "if (position < base)", "if (position <= base)", "differs"),
+    Bug("row stored past the last", attention, "if (first + m >= rows) return;", "", "race|out of bounds", (5,)),
+    Bug("divergent shuffle", attention, "float score = Join<16,", "if (lane > 30) return; float score = Join<16,",
+        "diverges"),
 ]  # fmt: skip
 
 
@@ -112,7 +128,7 @@ def test_a_planted_bug_is_caught(bug: Bug, tally) -> None:
     case = bug.case()
     host = Host(((bug.old, bug.new),))
     with tally(case.kernel) as entry, metal_through(host):
-        choice = check(case)
+        choice = check(case, rows=bug.rows)
     assert host.swapped[bug.old] >= 1, "the text has changed: nothing was planted"
     if choice.implementation == "metal":
         assert choice.error > TOLERANCE[case.dtype], "not caught"

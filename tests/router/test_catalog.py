@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.gguf_files import Script, write_script_model
+from support.gguf_files import Script, write_mtp_model, write_script_model
 
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import build_catalog
-from router.domain import BackendKind, Capability, ErrorReason, ModelFormat, Offer, RouterError
+from router.domain import BackendKind, Capability, ErrorReason, HeadFacts, ModelFormat, Offer, RouterError
 from router.facts import read_facts
 from router.policy import choose_route
 from router.settings import ModelSettings, SamplingSettings, Settings
 
+DRIVER = "mlx_mtp_backend.families.qwen3_5_load"
 OFFERS = {"llama_cpp": Offer(BackendKind.LLAMA_CPP), "mlx": Offer(BackendKind.MLX)}
 
 
@@ -82,6 +83,26 @@ def test_a_head_is_shown_by_its_tensors(files: Path, name: str, file: str) -> No
     assert file in evidence
 
 
+def test_a_head_is_told_in_its_parts(files: Path, tmp_path: Path) -> None:
+    write_mtp_model(tmp_path / "mtp.gguf", {"a": Script(["b", "c"])})
+    heads = {
+        "shards": read_facts(files / "head").head,
+        "side file": read_facts(files / "side").head,
+        "removed": read_facts(files / "bare").head,
+        "grafted": read_facts(files / "bare", files / "head").head,
+        "GGUF": read_facts(tmp_path / "mtp.gguf").head,
+        "GGUF without": read_facts(files / "small.gguf").head,
+    }
+    assert heads == {
+        "shards": HeadFacts(1, True, DRIVER, "shards"),
+        "side file": HeadFacts(1, True, DRIVER, "side file"),
+        "removed": HeadFacts(1, False, DRIVER, ""),
+        "grafted": HeadFacts(1, True, DRIVER, "head_path", grafted=True),
+        "GGUF": HeadFacts(1, True, "llama.cpp", "file"),
+        "GGUF without": HeadFacts(0, False),
+    }
+
+
 def test_a_removed_head_is_declared_but_absent_and_routed_elsewhere(files: Path) -> None:
     facts = read_facts(files / "bare")
     assert not facts.can(Capability.MTP)
@@ -131,6 +152,7 @@ def test_a_malformed_checkpoint_is_a_problem_not_a_crash(files: Path, tmp_path: 
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     facts = read_facts(tmp_path / "model")
     assert facts.problem
+    assert "cannot be made sense of" not in facts.problem  # that is for faults of the reader
     shown = [facts.problem, facts.architecture, *(fact.evidence for fact in facts.capabilities.values())]
     assert all(len(text.encode()) < 2000 for text in shown)
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from router import gguf as reader
 from router.gguf import GgufError, GgufHeader, read_gguf_header
@@ -259,28 +257,5 @@ def test_many_stored_strings_are_refused(read) -> None:  # type: ignore[no-untyp
 
 
 def test_the_largest_tensor_table_stays_within_the_memory_limit(read) -> None:  # type: ignore[no-untyped-def]
-    table = [tensor(f"{i:06}" + "n" * 240, (1, 1, 1, 1), 0, 0) for i in range(reader.MAX_TENSORS)]
-    assert len(read(build([ARCHITECTURE], table, data=32)).tensors) == reader.MAX_TENSORS
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_flipped_bytes_give_a_header_or_a_gguf_error(good: Path, tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(good.read_bytes())
-    # Counts and lengths sit at the ends of the header, so flips are drawn there as well as anywhere.
-    position = st.one_of(
-        st.integers(0, 400), st.integers(0, len(content) - 1), st.integers(len(content) - 2000, len(content) - 1)
-    )
-    for at, value in data.draw(st.lists(st.tuples(position, st.integers(0, 255)), min_size=1, max_size=8)):
-        content[at] = value
-    path = tmp_path / "flipped.gguf"
-    path.write_bytes(content)
-    try:
-        header = read_bounded(path)
-    except GgufError:
-        return
-    for value in (header.architecture, header.quantization, header.chat_template):
-        assert isinstance(value, str)
-    assert header.context_length is None or header.context_length > 0
-    assert header.mtp_layers >= 0
-    assert header.mtp_tensor is None or header.mtp_tensor in header.tensors
+    table = [tensor(f"{i:06}" + "n" * 240, (1, 1, 1, 1), 0, 32 * i) for i in range(reader.MAX_TENSORS)]
+    assert len(read(build([ARCHITECTURE], table, data=32 * reader.MAX_TENSORS)).tensors) == reader.MAX_TENSORS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import Catalog, ModelEntry, read_catalog
 from router.client import AsyncClient, Client, ModelNotFoundError, RouterCallError
 from router.dispatch import Dispatcher
-from router.domain import GenerationRequest, ModelState, Started, TextPrompt
+from router.domain import GenerationRequest, ModelState, RouterError, Started, TextPrompt
 from router.lifecycle import Lifecycle
 from router.refresh import Reader, Refreshed, refresh
 from router.server import RouterServer, build_backends
@@ -206,14 +207,42 @@ async def test_settings_that_cannot_be_read_change_nothing(
     home.settle('[models.words]\npath = "words.gguf"\n')
     home.script("words.gguf", " hi")
     client = await serve()
-    for text in ("[models.words\n", "[models.words]\npth = 'x'\n", None):
+    secret = "[backends.rack]\nkind = 'llama_server'\nurl = 'x'\napi_key = 'open-sesame'\n"
+    for text in ("[models.words\n", "[models.words]\npth = 'x'\n", secret, None):
         home.settle(text) if text else home.file.unlink()
         with pytest.raises(RouterCallError) as caught:
             await client.refresh()
         assert caught.value.reason == "SETTINGS_INVALID"
         assert "pth" not in caught.value.message
-    assert "pth" in caplog.text
+    assert "models.words.pth: Extra inputs are not permitted" in caplog.text
+    assert "backends.rack.llama_server.url: must be like" in caplog.text
+    assert "open-sesame" not in caplog.text
     assert await said(client, "words") == " hi"
+
+
+async def test_nothing_is_refreshed_in_a_drain(home: Home) -> None:
+    settings = load_settings(home.file)
+    read = await read_catalog(settings, home.folder)
+    began, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(ScriptedBackend):
+        async def start(self) -> None:
+            began.set()
+            await goes_on.wait()
+
+    slow = Slow(name="ollama")
+    home.settle("[backends.ollama]\nhost = 'http://127.0.0.1:9'\n")
+    reader = Reader(settings, lambda: load_settings(home.file), home.folder, lambda *_: {"ollama": slow})
+    server = RouterServer(settings.server, read, {}, reader)
+    await server.start()
+    refreshing = asyncio.create_task(server.refresh())
+    await began.wait()
+    draining = asyncio.create_task(server.drain())
+    goes_on.set()
+    await asyncio.gather(refreshing, draining)
+    assert slow.closed  # though it was new
+    with pytest.raises(RouterError, match="shutting down"):
+        await server.refresh()
 
 
 async def test_tags_are_read_again_and_kept_while_their_server_is_away(tmp_path: Path) -> None:
@@ -222,6 +251,7 @@ async def test_tags_are_read_again_and_kept_while_their_server_is_away(tmp_path:
         settings = Settings(backends={"ollama": {"host": double.address}}, discovery={"ollama": True})
         before = await read_catalog(settings, tmp_path)
         double.tell(tag="fresh:1b", digest="f" * 64)
+        double.tell(tag="no name" + "!" * 1000, digest="f" * 64)
         after = await read_catalog(settings, tmp_path, before)
         assert {entry.name for entry in after.entries} - {entry.name for entry in before.entries} == {"fresh:1b"}
     finally:

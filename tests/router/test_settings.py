@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_model_paths_start_at_the_settings_file(tmp_path: Path) -> None:
         ("[models.a]\npath='x'\nbackend='nowhere'\n", "no backend 'nowhere'"),
         ("[models.a]\npath='x'\nfallbacks=['a']\n", "cannot answer in its own place"),
         ("[models.a]\npath='x'\naliases=['b']\nfallbacks=['b']\n", "cannot answer in its own place"),
+        ("[models.a]\nollama='no such name'\n", "models.a.ollama"),
         ("[backends.x]\nkind='vllm'\n", "vllm"),
         ("[server]\nlisten='0.0.0.0:1'\n", "allow_remote"),
         ("[server]\nlisten='[::]:1'\n", "allow_remote"),
@@ -90,3 +92,12 @@ def test_effective_settings_are_plain_data(tmp_path: Path) -> None:
     shown = effective_settings(load_settings(write(tmp_path, "[models.a]\npath='x.gguf'\n")))
     assert shown["models"]["a"]["path"] == str(tmp_path / "x.gguf")
     assert shown["backends"]["llama_cpp"]["kind"] == "llama_cpp"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/models.md"])
+def test_the_settings_in_the_documents_can_be_read(document: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / document).read_text()
+    blocks = re.findall(r"^```toml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        load_settings(write(tmp_path, block))

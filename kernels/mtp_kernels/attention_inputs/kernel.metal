@@ -1,4 +1,4 @@
-// Queries, keys and values of few rows; see kernel.cu. UNPROVED: never run; the registry checks it before use.
+// Queries, keys and values of few rows; see kernel.cu. UNPROVED on a Mac: the registry checks it before use.
 //
 // One simdgroup handles one head of one row; a lane holds 8 neighbouring dimensions.
 namespace attention_inputs {

@@ -53,8 +53,7 @@ def launch(
     names, arrays = ["x"], [x]
     for i, m in enumerate(matrices):
         names += [f"w{i}", f"s{i}", f"b{i}"] if m.scales is not None else [f"w{i}"]
-        # Words of 32 bits: two dense values make one.
-        arrays += [m.weight.view(mx.uint32), *m.arrays()[1:]]
+        arrays += m.arrays()
     for name, array in (("norm_weight", norm_weight), ("residual", residual)):
         if array is not None:
             names.append(name)
@@ -131,5 +130,6 @@ def _products(matrices: Sequence[Matrix], swiglu: bool, tiles: Sequence[int], no
 
 
 def _matrix(i: int, m: Matrix) -> str:
-    scales = f"s{i}, b{i}" if m.scales is not None else "x, x"
-    return f"few_row::matrix(w{i}, {scales})"
+    if m.scales is None:  # two values make a word
+        return f"few_row::matrix(reinterpret_cast<const device uint*>(w{i}), x, x)"
+    return f"few_row::matrix(w{i}, s{i}, b{i})"

@@ -63,7 +63,7 @@ CANDIDATES = tuple(
     Variant(streams, accumulators, words, splits, 8 if splits == 1 else 1)
     for words in (1, 2)
     for splits in (1, 2, 4)
-    for streams, accumulators in ((2, 24), (4, 24), (4, 32))
+    for streams, accumulators in ((2, 24), (4, 32))
 )
 """What tuning tries."""
 

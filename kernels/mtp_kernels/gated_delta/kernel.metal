@@ -1,5 +1,5 @@
-// Gated DeltaNet over few rows; see kernel.cu, whose order of operations this follows. UNPROVED: never run; the registry
-// checks it before use.
+// Gated DeltaNet over few rows; see kernel.cu, whose order of operations this follows. UNPROVED on a Mac:
+// the registry checks it before use.
 //
 // One threadgroup of 512 threads per value head; four lanes own one value row of the state, 32 key columns each.
 namespace gated_delta {

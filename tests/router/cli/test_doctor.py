@@ -11,10 +11,13 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from support.ollama_process import Double
 
 from mlx_mtp_backend.synthetic import Recipe, write
+from mlx_mtp_backend.verification import Verification, verify
 from router import doctor
 from router.cli import main
+from router.cli.verify import lines
 from router.doctor import State
 
 Capture = pytest.CaptureFixture[str]
@@ -85,10 +88,48 @@ def test_broken_models_and_hidden_files_are_told(home: Path, tmp_path: Path, cap
     assert "hidden" in told["mine.gguf"]["what"]
 
 
+def test_servers_of_others_are_asked(tmp_path: Path, capsys: Capture) -> None:
+    double = Double()
+    config = tmp_path / "settings.toml"
+    config.write_text(
+        f'[backends.ollama]\nhost = "{double.address}"\n'
+        "[backends.rack]\nkind = 'llama_server'\nurl = 'http://127.0.0.1:9'\nconnect_timeout = 1.0\n"
+        "[models.here]\nollama = 'smol'\nfallbacks = ['nowhere']\n"
+        "[models.never]\nollama = 'never/pulled'\n"
+        "[discovery]\nfolders = ['missing']\n"
+    )
+    try:
+        status, areas = diagnosis(capsys, "--config", str(config))
+    finally:
+        double.kill()
+    assert status == 1
+    up, absent = areas["backend ollama"]
+    assert (up["state"], up["what"]) == ("ok", "Ollama answers, version 0.33.0-rc2")
+    assert (absent["state"], absent["advice"]) == ("problem", "fetch it there, or mend models.never")
+    assert "ollama pull never/pulled" in absent["what"]
+    (down,) = areas["backend rack"]
+    assert (down["state"], down["advice"]) == ("note", "start it, or mend or remove backends.rack")  # nobody needs it
+    told = [finding["what"] for finding in areas["models"]]
+    assert "models.here.fallbacks: there is no model 'nowhere'" in told
+    assert any("missing is no folder" in what for what in told)
+
+
+def test_a_server_that_a_model_needs_is_a_problem_where_it_is_down(tmp_path: Path, capsys: Capture) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text(
+        "[backends.ollama]\nhost = 'http://127.0.0.1:9'\n[models.m]\nollama = 'smol'\n"
+        "[models.lost]\nllama_server = 'x'\n"
+    )
+    status, areas = diagnosis(capsys, "--config", str(config))
+    assert status == 1
+    assert [finding["state"] for finding in areas["backend ollama"]] == ["problem"]
+    assert "no backend of kind llama_server is configured" in areas["models"][0]["what"]
+
+
 def test_the_human_form_has_a_line_a_finding(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith(("ok ", "note ", "problem ")) for line in lines)
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("ok ", "note ", "problem ")) for line in printed)
 
 
 def test_packages_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +167,17 @@ def test_kernel_checks_are_told(checks: list[dict[str, str]], state: State, text
     assert text in finding.what
 
 
-def test_verify_reports_one_checkpoint(checkpoint: Path, capsys: Capture) -> None:
-    assert main(["verify", str(checkpoint), "--tokens", "24", "--json"]) == 0
+@pytest.fixture(scope="module")
+def verified(checkpoint: Path) -> Verification:
+    """One run for both forms of the report; the tests further down have the command run it."""
+    return verify(checkpoint, tokens=24)
+
+
+def test_verify_reports_one_checkpoint(
+    checkpoint: Path, verified: Verification, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.cli.verify.verify", lambda *_, **__: verified)
+    assert main(["verify", str(checkpoint), "--json"]) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed)
     assert report["passed"]
@@ -139,19 +189,21 @@ def test_verify_reports_one_checkpoint(checkpoint: Path, capsys: Capture) -> Non
     assert str(checkpoint.parent) not in printed  # a report is for sharing
 
 
-def test_verify_says_what_a_person_needs(checkpoint: Path, capsys: Capture) -> None:
-    assert main(["verify", str(checkpoint), "--tokens", "8"]) == 0
-    printed = capsys.readouterr().out
+def test_verify_says_what_a_person_needs(verified: Verification) -> None:
+    printed = "\n".join(lines(verified))
     assert "yes drafting changes no token: 5 depths, the same tokens" in printed
     assert "fastest at depth" in printed
 
 
-def test_verify_of_a_head_that_is_missing_fails(tmp_path: Path, capsys: Capture) -> None:
+def test_verify_of_a_head_and_a_tokenizer_that_are_missing_fails(tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path, Recipe(kind="history", layers=2, head="none"))
+    (path / "tokenizer.json").unlink()
     assert main(["verify", str(path), "--tokens", "8", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert [run["depth"] for run in report["runs"]] == [0]
-    assert not report["verdicts"][0]["holds"]
+    verdicts = {verdict["promise"]: verdict["holds"] for verdict in report["verdicts"]}
+    assert verdicts["the head's tensors are there"] is False
+    assert verdicts["its tokenizer is there"] is False
 
 
 def test_verify_of_a_head_that_was_scrambled_fails(tmp_path: Path, capsys: Capture) -> None:

@@ -14,6 +14,7 @@ from mlx_mtp_backend.synthetic import Recipe, write
 from router.cli import main
 
 Capture = pytest.CaptureFixture[str]
+DRIVER = "mlx_mtp_backend.families.qwen3_5_load"
 
 
 def inspect_json(path: Path, capsys: Capture, status: int = 0) -> dict[str, object]:
@@ -26,6 +27,13 @@ def inspect_json(path: Path, capsys: Capture, status: int = 0) -> dict[str, obje
 def test_inspect_shows_the_tensors_that_prove_a_head(tmp_path: Path, capsys: Capture) -> None:
     shown = inspect_json(write(tmp_path / "model", Recipe(layers=2)), capsys)
     assert shown["capabilities"]["mtp"]["supported"] is True  # type: ignore[index]
+    assert shown["mtp_head"] == {
+        "declared_layers": 1,
+        "present": True,
+        "driver": DRIVER,
+        "place": "shards",
+        "grafted": False,
+    }
     head = shown["checkpoint"]["mtp"]  # type: ignore[index]
     assert head["status"] == "present"
     assert "mtp.fc.weight" in {tensor["name"] for tensor in head["tensors"]}
@@ -58,9 +66,12 @@ def test_inspect_of_what_cannot_be_served(tmp_path: Path, capsys: Capture) -> No
 
 
 def test_explain_says_what_would_answer_and_why(router: FakeRouter, capsys: Capture) -> None:
-    router.models = [v1.Model(name="tiny", route=ROUTE)]
+    grafted = v1.MtpHead(declared_layers=1, present=True, driver="qwen3_5", place="head_path", grafted=True)
+    router.models = [v1.Model(name="tiny", route=ROUTE, memory_bytes=2_000_000, mtp_head=grafted)]
     assert main(["explain", "tiny", "--target", router.address]) == 0
-    assert "local (llama_cpp)\nwhy:     no MTP head" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "local (llama_cpp)\nwhy:     no MTP head\nmemory:  about 2 MB" in told
+    assert "head:    1 layers declared, tensors present (grafted, head_path), run by qwen3_5" in told
     assert main(["explain", "tiny", "--target", router.address, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["route"]["reason"] == "no MTP head"
 

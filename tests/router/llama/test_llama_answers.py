@@ -14,7 +14,7 @@ from support.generation import GREEDY, collect, counting, entry, finished, text
 
 from mlx_mtp_backend.processors import processors_of
 from router.backends.llama_cpp import LlamaCppBackend
-from router.backends.mlx_answer import generate_params
+from router.backends.mlx_answer import Prompt, generate_params
 from router.domain import (
     Delta,
     DraftSource,
@@ -288,7 +288,7 @@ async def test_both_lanes_penalise_alike(backend: LlamaCppBackend, script_file: 
     request = counting(prompt=TextPrompt(prompt), sampling=sampling, stop=Stop(max_output_tokens=12))
     said = text(await collect(backend, entry(script_file), request))
 
-    params = generate_params(request, "m", [ord(letter) for letter in prompt], 100, None, None)
+    params = generate_params(request, "m", Prompt(tuple(ord(letter) for letter in prompt)), 100, None, None)
     processors = processors_of(params, frozenset())
     assert processors is not None
     logits, nothing, expected = mx.zeros((1, 256)), mx.zeros((0,), mx.int32), ""

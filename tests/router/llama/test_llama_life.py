@@ -324,6 +324,8 @@ async def test_a_child_killed_while_idle_is_restarted(make_backend, script_file:
     assert gone(killed)
     assert BackendState.DOWN in states
     assert (backend.status().state, backend.status().restarts) == (BackendState.READY, 1)
+    await backend.unload(model, force=False)
+    assert backend.status().restarts == 1  # though nothing is left of the model
     assert text(await collect(backend, model, counting(stop=SHORT))) == " n0 n1 n2"
 
 

@@ -121,6 +121,8 @@ async def test_what_is_known_of_the_model(connect: Connect, shared: Any) -> None
     model = await client.get_model("words")
     assert (model.state, model.context_length, model.quantization) == (v1.MODEL_STATE_READY, 512, "all F32")
     assert model.route.backend_kind == v1.BACKEND_KIND_LLAMA_CPP
+    assert not model.HasField("mtp_head")
+    assert not model.HasField("memory_bytes")  # it does not tell how many heads its caches have
     assert "a llama-server that runs already serves words" in model.route.reason
     assert (await whole(client, "file", prompt="L"))[0].startswith(" n0")
     with pytest.raises(RouterCallError) as caught:

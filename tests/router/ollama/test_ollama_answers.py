@@ -229,7 +229,11 @@ async def test_a_head_is_used_only_where_ollama_shows_one(connect: Connect, doub
     assert depths == [2, None, None]
     # Ollama does not tell what came of it.
     assert end.speculation.source == v1.DRAFT_SOURCE_UNSPECIFIED
-    assert "qwen35.nextn_predict_layers = 1" in (await client.get_model("drafter")).route.reason
+    drafter = await client.get_model("drafter")
+    assert "qwen35.nextn_predict_layers = 1" in drafter.route.reason
+    assert (drafter.mtp_head.declared_layers, drafter.mtp_head.driver) == (1, "Ollama")
+    assert not drafter.mtp_head.HasField("present")  # Ollama does not tell of tensors
+    assert (await client.get_model("smol")).mtp_head.driver == ""
     assert (await refused(client, "smol", messages=HELLO, speculation="required")).reason == "CAPABILITY_UNAVAILABLE"
     assert (await refused(client, "drafter", messages=HELLO, speculation="off")).reason == "CAPABILITY_UNAVAILABLE"
     assert (await refused(client, "drafter", messages=HELLO, draft_depth=5)).reason == "CAPABILITY_UNAVAILABLE"
