@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+from mtp_kernels.few_row_matmul import counters
 from mtp_kernels.gated_delta import DeltaState
 
 from benchmarks.gpu_rounds import Prefilled
@@ -34,9 +35,10 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
 
     def products(x: mx.array, pick: Callable[[FusedDelta | FusedAttention], Product]) -> mx.array:
         """A chain of one product a layer, tied by one column: what that adds is one small copy a layer."""
-        for layer in model.layers:
+        for layer, work in zip(model.layers, counters(len(model.layers)), strict=True):
             product = pick(layer)
-            x = product(mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs))))
+            own = mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs)))
+            x = product(own, work=work if product.swiglu else None)
         return x
 
     def recurrence(x: mx.array) -> mx.array:

@@ -65,6 +65,9 @@ def cases() -> list[Callable[[], Case]]:
         made.append(lambda d=dtype: inputs(24, 4, 64, d))
         made.append(lambda d=dtype: attention_case(24, 4, d))
         made += [lambda d=dtype, v=vocab_size: sampler_case(v, d) for vocab_size in (248_320, 50_257, 1003, 5)]
+        made.append(lambda d=dtype: attention_case(24, 4, d, base=9_000))
+        # K in two parts: eight rows stage one after the other, fewer both at once.
+        made.append(lambda d=dtype: matmul_case([matrix(520, 17_408, 4, 64, d)], d, residual=True))
     for dtype in (mx.bfloat16, mx.float16):
         for bits, group in FORMATS:
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import mlx.core as mx
+from mtp_kernels.launch import host_ints
 
 from mlx_mtp_backend.cache import LayerCache, begin, commit
+from mlx_mtp_backend.families import qwen3_5_fused_cache
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
+
+_AT_ONCE = 20e-6  # seconds within which a read of a value that the device has long computed returns
 
 
 @dataclass
@@ -46,6 +52,7 @@ class Rounds:
         waited: seconds of it in which the host had nothing to do but wait for the device.
         tokens: emitted.
         rounds: run.
+        syncs: reads of device values for which the host had to wait, the caches' own included.
         equal_plain: whether tokens equalled the plain run's.
     """
 
@@ -53,6 +60,7 @@ class Rounds:
     waited: float
     tokens: int
     rounds: int
+    syncs: int
     equal_plain: bool
 
     @property
@@ -100,6 +108,30 @@ def plain(model: FusedQwen35, sequence: Prefilled, steps: int) -> tuple[float, l
     return time.perf_counter() - started, [int(t.item()) for t in tokens]
 
 
+class Reads:
+    """Counts the reads of device values that took so long that the host must have waited."""
+
+    def __init__(self) -> None:
+        self.waited, self.seconds = 0, 0.0
+
+    def ints(self, array: mx.array) -> list[int]:
+        """The integers of a one-dimensional array."""
+        started = time.perf_counter()
+        values = host_ints(array)
+        took = time.perf_counter() - started
+        self.waited += took > _AT_ONCE
+        self.seconds += took
+        return values
+
+
+@contextmanager
+def _counted() -> Iterator[Reads]:
+    """Reads through it, and those that the caches do meanwhile, are counted."""
+    reads = Reads()
+    with patch.object(qwen3_5_fused_cache, "host_ints", reads.ints):
+        yield reads
+
+
 def _draft(model: FusedQwen35, sequence: Prefilled, depth: int) -> list[mx.array]:
     """The head's own tokens, [1] each: committed slots with true hiddens first, then one step a draft."""
     rows = sequence.following.shape[0]
@@ -134,31 +166,31 @@ def run(
     mx.eval(known, right, steps, newest, cursor)
     outputs: list[tuple[mx.array, mx.array]] = []
     counts: list[int] = []
-    waited = 0.0
     mx.synchronize()
     started = time.perf_counter()
-    for number in range(rounds):
-        own = mx.concatenate(_draft(model, sequence, depth))
-        true = known[cursor + steps]
-        drafts = mx.where(right[number], true, (true + 1) % model.vocab_size) + own * 0
-        begin(sequence.trunk)
-        hidden = model.trunk(mx.concatenate([newest, drafts]), [Segment(sequence.trunk, depth + 1)])
-        following = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
-        wrong = mx.where(drafts == following[:-1], depth, mx.arange(depth))
-        kept = mx.min(wrong, keepdims=True).astype(mx.int32) + 1
-        commit(sequence.trunk, kept)
-        sequence.carried, sequence.following, sequence.kept = hidden.carried, following, kept
-        newest, cursor = _row(following[:, None], kept - 1)[0], cursor + kept
-        mx.async_eval(newest, cursor, kept)
-        if outputs:  # the only wait: for a round whose successor is already queued
-            handed_over = time.perf_counter()
-            counts.append(int(outputs[-1][1].item()))
-            waited += time.perf_counter() - handed_over
-        outputs.append((following, kept))
-    counts.append(int(outputs[-1][1].item()))
+    with _counted() as reads:
+        for number in range(rounds):
+            own = mx.concatenate(_draft(model, sequence, depth))
+            true = known[cursor + steps]
+            drafts = mx.where(right[number], true, (true + 1) % model.vocab_size) + own * 0
+            begin(sequence.trunk)
+            hidden = model.trunk(mx.concatenate([newest, drafts]), [Segment(sequence.trunk, depth + 1)])
+            following = mx.argmax(model.logits(hidden.normed), axis=-1).astype(mx.int32)
+            wrong = mx.where(drafts == following[:-1], depth, mx.arange(depth))
+            kept = mx.min(wrong, keepdims=True).astype(mx.int32) + 1
+            commit(sequence.trunk, kept)
+            sequence.carried, sequence.following, sequence.kept = hidden.carried, following, kept
+            newest, cursor = _row(following[:, None], kept - 1)[0], cursor + kept
+            mx.async_eval(newest, cursor, kept)
+            if outputs:  # the only wait: for a round whose successor is already queued
+                counts += reads.ints(outputs[-1][1])
+            outputs.append((following, kept))
+        counts += reads.ints(outputs[-1][1])
     seconds = time.perf_counter() - started
     emitted = [t for (tokens, _), count in zip(outputs, counts, strict=True) for t in tokens.tolist()[:count]]
-    return Rounds(seconds, waited, len(emitted), rounds, emitted == list(continuation[1 : len(emitted) + 1]))
+    return Rounds(
+        seconds, reads.seconds, len(emitted), rounds, reads.waited, emitted == list(continuation[1 : len(emitted) + 1])
+    )
 
 
 def _row(rows: mx.array, index: int | mx.array) -> mx.array:

@@ -72,23 +72,33 @@ def version_of(*texts: str) -> str:
 
 @functools.cache
 def cuda_launch(
-    name: str, package_file: str, body: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_memory: int = 0
+    name: str,
+    package_file: str,
+    body: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    shared_memory: int = 0,
+    threads: int = 0,
 ) -> Launch:
     """Callable for one CUDA kernel, compiled at its first evaluation.
 
     The device functions of `kernel.cu` beside `package_file` are included by path: MLX hashes the text that it is given
     at every launch, which for whole kernels takes longer than anything else on the host. `shared_memory` is dynamic
     shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so the name carries that
-    figure too.
+    figure too. `threads` bounds a block: without it the compiler may give a thread more registers than a large block
+    has, and MLX's signature says none, so the word that opens it is defined anew.
     """
     functions = source_text(package_file, "kernel.cu")
-    digest = version_of(functions, body, ",".join(inputs), ",".join(outputs), str(shared_memory))
+    header = f'#include "{Path(package_file).resolve().with_name("kernel.cu").as_posix()}"\n'
+    if threads:
+        header += f"#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)\n"
+    digest = version_of(functions, body, ",".join(inputs), ",".join(outputs), str(shared_memory), str(threads))
     kernel = mx.fast.cuda_kernel(
         name=f"mtp_{name}_{digest}",
         input_names=list(inputs),
         output_names=list(outputs),
         source=body,
-        header=f'#include "{Path(package_file).resolve().with_name("kernel.cu").as_posix()}"\n',
+        header=header,
         shared_memory=shared_memory,
     )
     return cast(Launch, kernel)

@@ -242,8 +242,10 @@ def _through(
     """Rows through layers; states are [segment][layer], what comes back is [layer][segment]."""
     parts = split_rows([Segment((), count) for count in rows])
     after = []
-    for index, layer in enumerate(layers):
-        x, changed = layer(x, [segment[index] for segment in states], parts)
+    # A head's pass, of one layer, took 1.1 ms more on an H100 when it had a counter.
+    works = matmul_kernel.counters(len(layers)) if len(layers) > 1 else [None]
+    for index, (layer, work) in enumerate(zip(layers, works, strict=True)):
+        x, changed = layer(x, [segment[index] for segment in states], parts, work)
         after.append(changed)
     return x, after
 

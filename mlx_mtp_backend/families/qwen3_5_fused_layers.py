@@ -58,8 +58,9 @@ class Product:
     eps: float = 1e-6
     swiglu: bool = False
 
-    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        return self.run(x, self.matrices, norm_weight=self.norm, eps=self.eps, residual=residual, swiglu=self.swiglu)
+    def __call__(self, x: mx.array, residual: mx.array | None = None, work: mx.array | None = None) -> mx.array:
+        fused = {"norm_weight": self.norm, "eps": self.eps, "residual": residual, "swiglu": self.swiglu}
+        return self.run(x, self.matrices, **fused, work=work)
 
 
 def product(
@@ -98,8 +99,9 @@ class FusedMLP:
         )
         self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.leave(self.enter(x), residual=x)
+    def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
+        # On the smaller products a counter costs the host as much as it saves the device.
+        return self.leave(self.enter(x, work=work), residual=x)
 
 
 class FusedDelta:
@@ -127,7 +129,9 @@ class FusedDelta:
         self.leave = product(selection, [net.out_proj], dtype, residual=True)
         self.mlp = FusedMLP(layer, dtype, selection)
 
-    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
+    def __call__(
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
+    ) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
         outputs, after = [], []
         for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
@@ -136,7 +140,7 @@ class FusedDelta:
             y, recurrent, window = self.run(fresh, state, keep, self.weights)
             outputs.append(y)
             after.append([recurrent, window, fresh])
-        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
 
     def many_rows(
         self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
@@ -180,7 +184,9 @@ class FusedAttention:
         self.leave = product(selection, [net.o_proj], dtype, residual=True)
         self.mlp = FusedMLP(layer, dtype, selection)
 
-    def __call__(self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice]) -> tuple[mx.array, list[Arrays]]:
+    def __call__(
+        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
+    ) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
         outputs, after = [], []
         for (keys, values, tail, position), part in zip(states, parts, strict=True):
@@ -188,7 +194,7 @@ class FusedAttention:
             queries, tail = self.prepare(own, tail, position, self.shape)
             outputs.append(self.attend(queries, keys, values, tail, position, own))
             after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), residual=x)), after
+        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

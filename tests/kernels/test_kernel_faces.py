@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta, sampler
 from mtp_kernels.few_row_matmul import Matrix
+from mtp_kernels.few_row_matmul.plan import THREADS, TILE_FEATURES, TILE_ROWS, WARPS, plan
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
 
 FOLDER = Path(mtp_kernels.__file__).parent
@@ -60,25 +61,20 @@ def test_matmul_refuses(x: mx.array, matrices: list[Matrix], arguments: dict[str
 @given(
     st.integers(1, 8),
     st.integers(1, 136).map(lambda n: n * 256),
-    st.sampled_from([(4, 64), (4, 32), (8, 64), (16, 0)]),
+    st.sampled_from([(4, 64), (4, 32), (4, 128), (8, 64), (8, 32), (8, 128), (16, 0)]),
     st.booleans(),
     st.booleans(),
 )
 def test_every_launch_fits_into_shared_memory(
     count: int, inputs: int, form: tuple[int, int], swiglu: bool, norm: bool
 ) -> None:
-    given_matrix = Matrix(mx.zeros((1, inputs * form[0] // 32 if form[0] < 16 else inputs), mx.uint32), bits=form[0])
-    given_matrix = replace(given_matrix, group_size=form[1])
-    if few_row_matmul._stages(1, inputs, *form, swiglu, norm) is None:
-        reason = few_row_matmul.supported([given_matrix] * (1 + swiglu), BF16, swiglu=swiglu)
-        assert reason == f"{inputs} inputs do not fit into shared memory"
-        return
-    tile = few_row_matmul._tile_rows(count, given_matrix, swiglu, norm)
-    stages = few_row_matmul._stages(tile, inputs, *form, swiglu, norm)
-    assert 1 <= tile <= count
-    assert stages is not None
-    assert stages >= 3
-    assert few_row_matmul._shared_bytes(tile, inputs, *form, swiglu, norm, stages) <= SHARED_MEMORY_BYTES
+    bits, group = form
+    made = plan(count, inputs, bits, group, swiglu=swiglu, norm=norm)
+    assert made.shared_bytes <= SHARED_MEMORY_BYTES
+    assert 2 <= made.stages <= 8
+    assert made.parts == plan(1, inputs, bits, group, swiglu=swiglu, norm=norm).parts  # else rows would sum otherwise
+    if bits != 16:
+        assert (inputs // group * 2) % made.scale_bytes == 0  # every row of scales starts where such a copy may
 
 
 def delta_weights() -> gated_delta.DeltaWeights:
@@ -156,18 +152,21 @@ def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> N
 def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
     text = (FOLDER / kernel / "kernel.cu").read_text()
     text = re.sub(r"atomicAdd\(&s\.bins|atomic(Max|Add)\(&s\.key", "", text)  # whole numbers, which no order changes
+    text = text.replace("atomicAdd(work, 1u)", "")  # counts tiles, which does not sum anything
     assert not re.search(r"\batomic|\bred\.", text)
 
 
 def constant(kernel: str, name: str) -> int:
-    match = re.search(rf"constexpr int {name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
+    match = re.search(rf"constexpr int (?:\w+ = \d+, )?{name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
     assert match, f"{kernel} has no {name}"
     return int(match[1])
 
 
 def test_python_and_cuda_agree_on_constants() -> None:
-    assert constant("few_row_matmul", "kWarps") == few_row_matmul._WARPS
-    assert constant("few_row_matmul", "kTokens") == few_row_matmul.TILE_ROWS
+    assert constant("few_row_matmul", "kWarps") == WARPS
+    assert (WARPS + constant("few_row_matmul", "kCopyWarps")) * 32 == THREADS
+    assert constant("few_row_matmul", "kTokens") == TILE_ROWS
+    assert constant("few_row_matmul", "kTileRows") == TILE_FEATURES
     assert constant("gated_delta", "kThreads") == gated_delta._THREADS
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
@@ -175,14 +174,16 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
     assert constant("sampler", "kThreads") == sampler._THREADS
     assert constant("sampler", "kWords") == sampler.WORDS
+    assert constant("few_row_attention", "kNodes") * few_row_attention.HEAD_DIM == few_row_attention._JOIN_THREADS
     assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_version_follows_its_sources(kernel: str) -> None:
-    texts = [(FOLDER / kernel / name).read_text() for name in ("kernel.cu", "kernel.metal", "metal.py")]
+    names = ["kernel.cu", *(["plan.py"] if kernel == "few_row_matmul" else []), "kernel.metal", "metal.py"]
+    texts = [(FOLDER / kernel / name).read_text() for name in names]
     assert version_of(*texts) == getattr(mtp_kernels, kernel).VERSION
-    for changed in range(3):
+    for changed in range(len(names)):
         assert version_of(*(text + " " * (i == changed) for i, text in enumerate(texts))) != version_of(*texts)
 
 

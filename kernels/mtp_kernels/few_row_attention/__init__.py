@@ -18,6 +18,7 @@ MAX_QUERIES = 64
 """Most rows times query heads per KV head in one pass."""
 _SPLIT = 64
 _THREADS = 256
+_JOIN_THREADS = 1024
 VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
@@ -112,7 +113,7 @@ def few_row_attention(
         inputs=[parts, stats, projected, position],
         output_shapes=[(rows, heads * HEAD_DIM)],
         output_dtypes=[queries.dtype],
-        grid=(rows * heads * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(rows * heads * _JOIN_THREADS, 1, 1),
+        threadgroup=(_JOIN_THREADS, 1, 1),
     )
     return y

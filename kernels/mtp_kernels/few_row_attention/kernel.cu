@@ -7,6 +7,8 @@ namespace few_row_attention {
 constexpr int kDim = 256;
 constexpr int kSplit = 64;      // positions of one block
 constexpr int kThreads = 256;
+constexpr int kNode = 16, kNodes = 4;  // splits that are joined first, and how many such nodes at once
+constexpr int kJoinThreads = kNodes * kDim;
 #define kNone __int_as_float(0xff800000)  // minus infinity: no position seen
 
 template <typename T>
@@ -133,29 +135,64 @@ __device__ __forceinline__ void partial(const T* queries, const T* keys, const T
   }
 }
 
-// Joins the splits of one head of one row, in order, and applies the sigmoid gate.
+// Joins the splits of one head of one row and applies the sigmoid gate. Splits are added up in order within nodes of
+// kNode, and nodes in order. A quarter of the block takes a node, a thread one dimension of it.
 template <typename T, int GROUP>
 __device__ __forceinline__ void join(const float* parts, const float2* stats, const T* projected, const int* position,
                                      T* y, int rows, int kv_heads) {
+  __shared__ float node_total[kNodes][kDim], node_sum[kNodes], tops[kJoinThreads / 32];
   const int heads = kv_heads * GROUP;
   const int m = blockIdx.x / heads, h = blockIdx.x - m * heads, head = h / GROUP;
   const int n = m * GROUP + h % GROUP, count = rows * GROUP;
   const int splits = (position[1] + m) / kSplit + 1;
+  const int node = threadIdx.x / kDim, dim = threadIdx.x % kDim, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  auto place = [&](int split) { return (static_cast<size_t>(split) * kv_heads + head) * count + n; };
+
   float top = kNone;
-#pragma unroll 4
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, stats[(static_cast<size_t>(s) * kv_heads + head) * count + n].x);
+  for (int s = threadIdx.x; s < splits; s += kJoinThreads) top = fmaxf(top, stats[place(s)].x);
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+  top = tops[lane];
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+
   float sum = 0.0f, total = 0.0f;
-#pragma unroll 4
-  for (int s = 0; s < splits; ++s) {
-    const size_t at = (static_cast<size_t>(s) * kv_heads + head) * count + n;
-    const float2 stat = stats[at];
-    const float factor = __expf(stat.x - top);
-    sum = __fmaf_rn(factor, stat.y, sum);
-    total = __fmaf_rn(factor, parts[at * kDim + threadIdx.x], total);
+  for (int first = 0; first < splits; first += kNodes * kNode) {
+    const int start = first + node * kNode;
+    float own_sum = 0.0f, own_total = 0.0f;
+    if (start < splits) {
+      float value[kNode];
+      float2 stat[kNode];
+#pragma unroll
+      for (int i = 0; i < kNode; ++i) {
+        const size_t at = place(min(start + i, splits - 1));
+        stat[i] = stats[at], value[i] = parts[at * kDim + dim];
+      }
+#pragma unroll
+      for (int i = 0; i < kNode; ++i) {
+        const float factor = start + i < splits ? __expf(stat[i].x - top) : 0.0f;
+        own_sum = __fmaf_rn(factor, stat[i].y, own_sum);
+        own_total = __fmaf_rn(factor, value[i], own_total);
+      }
+    }
+    node_total[node][dim] = own_total;
+    if (dim == 0) node_sum[node] = own_sum;
+    __syncthreads();
+    if (node == 0) {
+#pragma unroll
+      for (int i = 0; i < kNodes; ++i) {
+        sum = __fadd_rn(sum, node_sum[i]);
+        total = __fadd_rn(total, node_total[i][dim]);
+      }
+    }
+    __syncthreads();
   }
+  if (node > 0) return;
   const size_t stride = static_cast<size_t>(2 * heads + 2 * kv_heads) * kDim;
-  const float gate = static_cast<float>(projected[m * stride + (2 * h + 1) * kDim + threadIdx.x]);
-  y[(static_cast<size_t>(m) * heads + h) * kDim + threadIdx.x] =
+  const float gate = static_cast<float>(projected[m * stride + (2 * h + 1) * kDim + dim]);
+  y[(static_cast<size_t>(m) * heads + h) * kDim + dim] =
       static_cast<T>(__fdiv_rn(total, sum) / (1.0f + __expf(-gate)));
 }
 

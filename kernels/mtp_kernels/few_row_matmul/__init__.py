@@ -6,21 +6,19 @@ Row-invariant: a row of the result has the same bits whatever rows share the cal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
 from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, platform, source_text, version_of
 from . import metal
+from .plan import THREADS, TILE_FEATURES, TILE_ROWS, plan
 from .reference import Matrix, reference, stock
 
-__all__ = ["VERSION", "Matrix", "few_row_matmul", "reference", "stock", "supported"]
+__all__ = ["MAX_ROWS", "VERSION", "Matrix", "counters", "few_row_matmul", "reference", "stock", "supported"]
 
 MAX_ROWS = 32
-TILE_ROWS = 8
-_THREADS = 512
-_WARPS = 16
-_MAX_STAGES = 6
-VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
+VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "plan.py", "kernel.metal", "metal.py")))
 
 
 def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = False) -> str | None:
@@ -38,9 +36,12 @@ def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = Fal
         return f"{first.inputs} inputs are no multiple of {max(128, 2 * first.group_size)}"
     if swiglu and (len(matrices) != 2 or matrices[0].features != matrices[1].features):
         return "SwiGLU takes a gate and an up matrix of one shape"
-    if _stages(1, first.inputs, first.bits, first.group_size, swiglu, True) is None:
-        return f"{first.inputs} inputs do not fit into shared memory"
     return None
+
+
+def counters(count: int) -> Sequence[mx.array]:
+    """`work` for so many launches of one pass, from a single launch; never to be kept for another pass."""
+    return cast(Sequence[mx.array], mx.split(mx.zeros((count,), mx.uint32), count))
 
 
 def few_row_matmul(
@@ -52,8 +53,9 @@ def few_row_matmul(
     residual: mx.array | None = None,
     swiglu: bool = False,
     out_dtype: mx.Dtype | None = None,
+    work: mx.array | None = None,
 ) -> mx.array:
-    """Product of few rows with one or more weight matrices in one launch (per 8 rows or fewer).
+    """Product of few rows with one or more weight matrices in one launch per 8 rows.
 
     Args:
         x: `[M, K]` bfloat16 or float16, 1 <= M <= 32.
@@ -63,6 +65,8 @@ def few_row_matmul(
         residual: `[M, N]` added to the product.
         swiglu: the two matrices are gate and up, and the result is silu(gate) * up (arXiv 2002.05202).
         out_dtype: dtype of the result; x's when None.
+        work: `[1]` uint32, zero, for this call alone (see `counters`): blocks then take tiles of output features
+            from it as they get free, and count it up in place. Without it each has fixed ones. Changes no bits.
 
     Returns:
         `[M, N]`, N the sum of N_i, or N_0 with `swiglu`.
@@ -71,22 +75,13 @@ def few_row_matmul(
         ValueError: a shape, dtype or combination that the kernel does not have.
     """
     _check(x, matrices, norm_weight, residual, swiglu)
-    tile = _tile_rows(x.shape[0], matrices[0], swiglu, norm_weight is not None)
-    if x.shape[0] <= tile:
-        return _launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype or x.dtype)
-    parts = [
-        _launch(
-            x[i : i + tile],
-            matrices,
-            norm_weight,
-            eps,
-            None if residual is None else residual[i : i + tile],
-            swiglu,
-            out_dtype or x.dtype,
-        )
-        for i in range(0, x.shape[0], tile)
-    ]
-    return mx.concatenate(parts, axis=0)
+    parts = []
+    for first in range(0, x.shape[0], TILE_ROWS):
+        rows = slice(first, first + TILE_ROWS)
+        added = None if residual is None else residual[rows]
+        count = work if first == 0 else None
+        parts.append(_launch(x[rows], matrices, norm_weight, eps, added, swiglu, out_dtype or x.dtype, count))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
 
 def _check(
@@ -115,36 +110,6 @@ def _check(
         raise ValueError(f"scales, biases, dense weights, norm and residual must be {x.dtype} like x")
 
 
-def _shared_bytes(rows: int, inputs: int, bits: int, group: int, swiglu: bool, norm: bool, stages: int) -> int:
-    """Shared memory of one block, as laid out at the head of `run` in kernel.cu."""
-    per_tile = 2 if swiglu else 1
-    chunk = 512 // bits
-    stage = 1024 + (0 if bits == 16 else 32 * max(4, chunk // group * 2))
-    fold = 64 if bits == 4 and group > 32 else 32
-    ring = _WARPS * stages * per_tile * stage
-    reduce = 2 * _WARPS * per_tile * 130 * 4
-    squares = 32 * -(-inputs // 256) if norm else 0
-    sums = 0 if bits == 16 else inputs // fold * 32
-    return ring + reduce + squares + 32 + sums + rows * inputs * 2
-
-
-def _stages(rows: int, inputs: int, bits: int, group: int, swiglu: bool, norm: bool) -> int | None:
-    """Deepest ring that fits beside the activations, None when not even three stages do."""
-    most = _MAX_STAGES // 2 + 1 if swiglu else _MAX_STAGES
-    for stages in range(most, 2, -1):
-        if _shared_bytes(rows, inputs, bits, group, swiglu, norm, stages) <= SHARED_MEMORY_BYTES:
-            return stages
-    return None
-
-
-def _tile_rows(rows: int, matrix: Matrix, swiglu: bool, norm: bool) -> int:
-    """Rows of one launch: 8, or fewer where 8 rows of K activations do not fit."""
-    tile = min(rows, TILE_ROWS)
-    while _stages(tile, matrix.inputs, matrix.bits, matrix.group_size, swiglu, norm) is None:
-        tile = (tile + 1) // 2
-    return tile
-
-
 def _launch(
     x: mx.array,
     matrices: Sequence[Matrix],
@@ -153,19 +118,20 @@ def _launch(
     residual: mx.array | None,
     swiglu: bool,
     out_dtype: mx.Dtype,
+    work: mx.array | None,
 ) -> mx.array:
     if platform() == "metal":
         return metal.launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype)
     rows, inputs = x.shape
     first = matrices[0]
-    stages = _stages(rows, inputs, first.bits, first.group_size, swiglu, norm_weight is not None)
+    how = plan(rows, inputs, first.bits, first.group_size, swiglu=swiglu, norm=norm_weight is not None)
     names, arrays, rows_of = ["x"], [x], []
     for i, m in enumerate(matrices):
         names += [f"w{i}", f"s{i}", f"b{i}"] if m.scales is not None else [f"w{i}"]
         arrays += m.arrays()
         scales = f"(Bytes)s{i}, (Bytes)b{i}" if m.scales is not None else "nullptr, nullptr"
         rows_of.append(f"{{(Bytes)w{i}, {scales}, w{i}_shape[0]}}")
-    for name, array in (("norm_weight", norm_weight), ("residual", residual)):
+    for name, array in (("norm_weight", norm_weight), ("residual", residual), ("work", work)):
         if array is not None:
             names.append(name)
             arrays.append(array)
@@ -175,21 +141,26 @@ def _launch(
   extern __shared__ __align__(128) unsigned char smem[];
   using Bytes = const unsigned char*;
   const few_row::Matrix matrices[{len(matrices)}] = {{{", ".join(rows_of)}}};
-  few_row::run<{kind}, {CUDA_TYPES[out_dtype]}, {first.bits}, {first.group_size or 64}, {len(matrices)}, {stages},
-               {"true" if norm_weight is not None else "false"}, {epilogue}>(
+  few_row::Launch<{kind}, {CUDA_TYPES[out_dtype]}, {first.bits}, {first.group_size or 64}, {len(matrices)},
+                  {how.parts}, {_bool(how.resident)}, {how.units}, {how.stages}, {_bool(norm_weight is not None)},
+                  {epilogue}, {how.scale_bytes}>(
       x, {"norm_weight" if norm_weight is not None else f"({kind}*)nullptr"},
       {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
-      {eps!r}f, smem);
+      {eps!r}f, smem).run({"const_cast<unsigned*>(work)" if work is not None else "nullptr"});
 """
-    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES)
+    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES, THREADS)
     features = first.features if swiglu else sum(m.features for m in matrices)
-    tiles = -(-first.features // 16) if swiglu else sum(-(-m.features // 16) for m in matrices)
+    tiles = sum(-(-m.features // TILE_FEATURES) for m in (matrices[:1] if swiglu else matrices))
     blocks = min(multiprocessors(), tiles)
     (y,) = kernel(
         inputs=arrays,
         output_shapes=[(rows, features)],
         output_dtypes=[out_dtype],
-        grid=(blocks * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(blocks * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
     )
     return y
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,31 +1,72 @@
 // y[m, n] = sum_k x[m, k] * W[n, k] for at most 8 rows of x, W affine-quantised (4 or 8 bits) or dense.
 //
 // The tensor core computes W_tile (16 output features) x tokens (8 wide): every token is its own MMA column, so a
-// token's result cannot depend on how many tokens share the pass. A block of 16 warps owns one 16-feature tile at a time
-// and splits K by 64-byte chunks, chunk c to warp c % 16; partial sums meet in shared memory in a fixed order. The
-// activations are staged once per block in MMA fragment order. Each warp streams its weights through a private ring of
-// asynchronous copies that runs ahead across tiles, so memory stays busy during reductions.
+// token's result cannot depend on how many tokens share the pass. A block owns one 16-feature tile at a time. Two warps
+// feed it: the copy engine brings a tile's rows slab by slab into a ring that runs ahead across tiles, so memory stays
+// busy during reductions and no other warp spends instructions on copies. Sixteen warps split a slab by units, unit u
+// to warp u % 16; their partial sums meet in shared memory in a fixed order. The activations are staged once per block
+// in MMA fragment order. A long K is summed in parts that depend on K alone; where the activations of the whole of it
+// do not fit, a block takes a few tiles through one part after the other. Which block computes a tile does not change
+// its bits, so blocks may take tiles from a counter: multiprocessors do not get equal shares of the memory's rate.
+// Loops that run seldom are kept rolled: a launch begins with a cold instruction cache, and every line of it counts.
 namespace few_row {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 16;                                 // that multiply
 constexpr int kThreads = kWarps * 32;
+constexpr int kCopyWarps = 2;
+constexpr int kAllThreads = kThreads + kCopyWarps * 32;
 constexpr int kTileRows = 16;
-constexpr int kRowBytes = 64;                              // bytes of one weight row in one chunk
-constexpr int kWeightBytes = kTileRows * kRowBytes;        // 1,024
 constexpr int kTokens = 8;
-constexpr int kPartial = kTileRows * kTokens + 2;          // floats of one warp's partial tile; + 2 spreads the banks
+constexpr int kOutputs = kTileRows * kTokens;
+constexpr int kPartial = kOutputs + 2;                     // floats of one warp's partial tile; + 2 spreads the banks
+constexpr int kKeep = 4;                                   // tiles that go through the parts of K together
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void copy16(unsigned dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src));
+// A stage's barriers: `full` completes when its copies have landed, `empty` when every warp has read it.
+__device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
+  asm volatile(
+      "{\n .reg .pred done;\nagain_%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      " @!done bra again_%=;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Weights pass through the second-level cache once: they leave first, and code, activations and states stay.
+__device__ __forceinline__ unsigned long long passing_through() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// By the copy engine: 16-byte aligned, a multiple of 16 bytes.
+__device__ __forceinline__ void copy_bulk(unsigned dst, const void* src, unsigned bytes, unsigned barrier,
+                                          unsigned long long policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
 template <int BYTES>
-__device__ __forceinline__ void copy_small(unsigned dst, const void* src) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(BYTES));
+__device__ __forceinline__ void copy_small(unsigned dst, const void* src, unsigned long long policy) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %3, %2;" ::"r"(dst), "l"(src), "l"(policy),
+                 "n"(BYTES) : "memory");
 }
 
 template <typename T>
@@ -98,14 +139,24 @@ struct Matrix {
   int n;
 };
 
-template <typename T, int BITS, int GROUP>
+template <int BITS, int GROUP>
 struct Layout {
-  static constexpr int kChunk = kRowBytes * 8 / BITS;                          // K covered by one chunk
-  static constexpr int kGroups = BITS == 16 ? 0 : (kChunk >= GROUP ? kChunk / GROUP : 1);  // groups in one chunk
-  static constexpr int kScaleBytes = kGroups < 2 ? 4 : kGroups * 2;            // of one row; a lone scale brings its pair
-  static constexpr int kStageBytes = kWeightBytes + (BITS == 16 ? 0 : kTileRows * kScaleBytes * 2);
-  static constexpr int kVectors = kChunk / 8;                                  // 16-byte activation vectors per chunk
-  static constexpr int kFold = BITS == 4 && GROUP > 32 ? 64 : 32;              // K between two uses of scale and bias
+  static constexpr int kUnitBytes = BITS == 16 ? 64 : 32;             // of a row, for one warp
+  static constexpr int kUnit = kUnitBytes * 8 / BITS;                 // values of k in a unit
+  static constexpr int kFold = BITS == 4 && GROUP > 32 ? 64 : 32;     // k between two uses of scale and bias
+  static constexpr int kFolds = kUnit / kFold;
+};
+
+// A stage: UNITS units for each warp, 16 rows of weights, of scales and of biases. Pitches spread rows over the banks.
+template <int BITS, int GROUP, int UNITS>
+struct Stage {
+  using L = Layout<BITS, GROUP>;
+  static constexpr int kUnits = UNITS * kWarps;
+  static constexpr int kSlabBytes = kUnits * L::kUnitBytes;           // of a row
+  static constexpr int kPitch = kSlabBytes + L::kUnitBytes;
+  static constexpr int kScaleBytes = BITS == 16 ? 0 : kUnits * L::kUnit / GROUP * 2;
+  static constexpr int kScalePitch = kScaleBytes + 16;
+  static constexpr int kBytes = kTileRows * (kPitch + (BITS == 16 ? 0 : 2 * kScalePitch));
 };
 
 // Where the 8 activations x[m, 8v .. 8v+7] live: in the order in which lanes meet the weights of the same k.
@@ -123,18 +174,20 @@ __device__ __forceinline__ int fragment_slot(int v, int m, int rows) {
 
 // Stages rows of x (times the norm weight) as fragments, with their sums per fold and of squares. One item is 256
 // values of one row, handled by one warp whatever the number of rows. A warp loads several items before it uses the
-// first, and these loads go out before those of weights, behind which they would wait.
+// first.
 template <typename T, int BITS, int GROUP, bool NORM>
 struct Activations {
   using S = Scalar<T>;
   static constexpr int kBatch = NORM ? 5 : 8;
   const uint4 *x, *norm_weight;
-  int rows, vectors, per_row, items;
+  int rows, stride, start, vectors, per_row, items;
   uint4 loaded[kBatch], gains[NORM ? kBatch : 1];
 
-  __device__ __forceinline__ Activations(const T* x, const T* norm_weight, int rows, int K)
-      : x(reinterpret_cast<const uint4*>(x)), norm_weight(reinterpret_cast<const uint4*>(norm_weight)), rows(rows),
-        vectors(K / 8), per_row((K / 8 + 31) / 32), items(rows * ((K / 8 + 31) / 32)) {}
+  // Vectors [start, start + vectors) of 8 values of each row.
+  __device__ __forceinline__ Activations(const T* x, const T* norm_weight, int rows, int K, int start, int vectors)
+      : x(reinterpret_cast<const uint4*>(x) + start), norm_weight(reinterpret_cast<const uint4*>(norm_weight) + start),
+        rows(rows), stride(K / 8), start(start), vectors(vectors), per_row((vectors + 31) / 32),
+        items(rows * ((vectors + 31) / 32)) {}
 
   __device__ __forceinline__ void load(int first) {
     const int lane = threadIdx.x & 31;
@@ -142,13 +195,13 @@ struct Activations {
     for (int j = 0; j < kBatch; ++j) {
       const int item = first + j * kWarps, m = item / per_row, v = (item - m * per_row) * 32 + lane;
       const bool live = item < items && v < vectors;
-      loaded[j] = live ? x[static_cast<size_t>(m) * vectors + v] : make_uint4(0, 0, 0, 0);
+      loaded[j] = live ? x[static_cast<size_t>(m) * stride + v] : make_uint4(0, 0, 0, 0);
       if constexpr (NORM) gains[j] = live ? norm_weight[v] : make_uint4(0, 0, 0, 0);
     }
   }
 
   __device__ __forceinline__ void store(int first, uint4* fragments, float* fold_sums, float* squares) const {
-    constexpr int kFoldVectors = Layout<T, BITS, GROUP>::kFold / 8;
+    constexpr int kFoldVectors = Layout<BITS, GROUP>::kFold / 8;
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -166,7 +219,7 @@ struct Activations {
         }
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-        if (lane == 0) squares[item] = square;
+        if (lane == 0) squares[m * ((stride + 31) / 32) + (start + v) / 32] = square;
       }
       if constexpr (BITS != 16) {
         float sum = 0.0f;
@@ -188,44 +241,19 @@ struct Activations {
   }
 };
 
-// Scales and biases of the lane's two rows (g and g + 8) in one chunk, as packed pairs.
-template <typename T, int BITS, int GROUP>
-struct Scales {
-  using S = Scalar<T>;
-  using L = Layout<T, BITS, GROUP>;
-  static constexpr int kWords = L::kScaleBytes / 4;
-  unsigned s[2][kWords], b[2][kWords];
-  bool odd;
-
-  __device__ __forceinline__ Scales(const unsigned char* stage, int chunk, int g) {
-    const unsigned* words = reinterpret_cast<const unsigned*>(stage + kWeightBytes);
+// out += scale * products + bias * sum for the lane's two rows (g and g + 8), whose scales lie at `scales`.
+template <typename T, int BITS, int PITCH>
+__device__ __forceinline__ void fold(const unsigned char* scales, const float (&acc)[4], float2 sum, float (&out)[4]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        s[r][w] = words[(g + 8 * r) * kWords + w];
-        b[r][w] = words[(kTileRows + g + 8 * r) * kWords + w];
-      }
-    }
-    odd = (chunk * L::kChunk / GROUP) & 1;
+  for (int r = 0; r < 2; ++r) {
+    const unsigned char* at = scales + 8 * r * PITCH;
+    const float scale = static_cast<float>(*reinterpret_cast<const T*>(at));
+    float bias = static_cast<float>(*reinterpret_cast<const T*>(at + kTileRows * PITCH));
+    if constexpr (BITS == 4) bias = __fmaf_rn(-Scalar<T>::kOffset, scale, bias);
+    out[2 * r] = __fmaf_rn(scale, acc[2 * r], __fmaf_rn(bias, sum.x, out[2 * r]));
+    out[2 * r + 1] = __fmaf_rn(scale, acc[2 * r + 1], __fmaf_rn(bias, sum.y, out[2 * r + 1]));
   }
-
-  static __device__ __forceinline__ float half_of(unsigned word, bool high) { return high ? S::hi(word) : S::lo(word); }
-
-  // out += scale * products + bias * sum, for fold i of the chunk.
-  __device__ __forceinline__ void fold(const float (&acc)[4], float2 sum, int i, float (&out)[4]) const {
-    const int local = L::kGroups == 1 ? 0 : i * L::kFold / GROUP;
-    const bool high = L::kGroups == 1 ? odd : local & 1;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scale = half_of(s[r][local / 2], high);
-      float bias = half_of(b[r][local / 2], high);
-      if constexpr (BITS == 4) bias = __fmaf_rn(-S::kOffset, scale, bias);
-      out[2 * r] = __fmaf_rn(scale, acc[2 * r], __fmaf_rn(bias, sum.x, out[2 * r]));
-      out[2 * r + 1] = __fmaf_rn(scale, acc[2 * r + 1], __fmaf_rn(bias, sum.y, out[2 * r + 1]));
-    }
-  }
-};
+}
 
 // The products of one word of each of the lane's two rows: 8 values of k in 4 bits, or 4 in 8 bits.
 template <typename T, int BITS>
@@ -243,102 +271,129 @@ __device__ __forceinline__ void multiply_word(unsigned w0, unsigned w1, unsigned
   }
 }
 
-// Adds one chunk of TILES tiles to the lane's outputs: rows g, g + 8 and tokens 2q, 2q + 1 of each tile.
-template <typename T, int BITS, int GROUP, int TILES>
-__device__ __forceinline__ void multiply_chunk(const unsigned char* stage, const uint4* fragments,
-                                               const float* fold_sums, int chunk, int rows, int lane,
-                                               float (&out)[TILES][4]) {
+// Adds one unit of a stage to the lane's outputs: rows g, g + 8 and tokens 2q, 2q + 1. `unit` counts within the slab,
+// `fragments` and `fold_sums` begin at the slab.
+template <typename T, int BITS, int GROUP, int UNITS>
+__device__ __forceinline__ void multiply_unit(const unsigned char* stage, const uint4* fragments,
+                                              const float* fold_sums, int unit, int rows, int lane, float (&out)[4]) {
   using S = Scalar<T>;
-  using L = Layout<T, BITS, GROUP>;
+  using L = Layout<BITS, GROUP>;
+  using R = Stage<BITS, GROUP, UNITS>;
   const int g = lane >> 2, q = lane & 3;
-  const int flip = ((g >> 1) & 1) << 5;
-  const unsigned char* row = stage + g * kRowBytes;
+  const unsigned char* w0 = stage + g * R::kPitch + unit * L::kUnitBytes;
+  const unsigned char* w1 = w0 + 8 * R::kPitch;
   const bool live = g < rows;
   const uint4 none = make_uint4(0, 0, 0, 0);
-  const uint4* column = fragments + (chunk * (L::kVectors / 4) * rows + g) * 4 + q;
+  const uint4* column = fragments + (unit * (L::kUnit / 32) * rows + g) * 4 + q;  // 4 vectors of 8 values of k a step
 
   if constexpr (BITS == 16) {
     const uint4 f = live ? *column : none;
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      const unsigned char* at = row + tile * L::kStageBytes + ((q * 16) ^ flip);
-      const uint4 w0 = *reinterpret_cast<const uint4*>(at);
-      const uint4 w1 = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
-      const unsigned lo[4] = {w0.x, w1.x, w0.y, w1.y}, hi[4] = {w0.z, w1.z, w0.w, w1.w};
-      S::mma(out[tile], lo, f.x, f.y);
-      S::mma(out[tile], hi, f.z, f.w);
-    }
+    const uint4 u0 = *reinterpret_cast<const uint4*>(w0 + q * 16), u1 = *reinterpret_cast<const uint4*>(w1 + q * 16);
+    const unsigned lo[4] = {u0.x, u1.x, u0.y, u1.y}, hi[4] = {u0.z, u1.z, u0.w, u1.w};
+    S::mma(out, lo, f.x, f.y);
+    S::mma(out, hi, f.z, f.w);
   } else {
-    const float2* sums = reinterpret_cast<const float2*>(fold_sums + chunk * (L::kChunk / L::kFold) * kTokens) + q;
+    const float2* sums = reinterpret_cast<const float2*>(fold_sums + unit * L::kFolds * kTokens) + q;
+    const unsigned char* scales =
+        stage + kTileRows * R::kPitch + g * R::kScalePitch + unit * L::kUnit / GROUP * 2;
+    float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (BITS == 8) {
+      const uint4 f = live ? *column : none;
+      const uint2 u0 = *reinterpret_cast<const uint2*>(w0 + q * 8), u1 = *reinterpret_cast<const uint2*>(w1 + q * 8);
+      multiply_word<T, 8>(u0.x, u1.x, f.x, f.y, 0, 0, acc);
+      multiply_word<T, 8>(u0.y, u1.y, f.z, f.w, 0, 0, acc);
+      fold<T, 8, R::kScalePitch>(scales, acc, *sums, out);
+    } else if constexpr (GROUP == 32) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      const Scales<T, BITS, GROUP> scales(stage + tile * L::kStageBytes, chunk, g);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        unsigned w0[2], w1[2];
-        const unsigned char* at = row + tile * L::kStageBytes;
-        if constexpr (BITS == 4 && GROUP == 32) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            w0[i] = *reinterpret_cast<const unsigned*>(at + ((half * 32 + i * 16 + q * 4) ^ flip));
-            w1[i] = *reinterpret_cast<const unsigned*>(at + 8 * kRowBytes + ((half * 32 + i * 16 + q * 4) ^ flip));
-          }
-        } else {
-          const uint2 u0 = *reinterpret_cast<const uint2*>(at + ((half * 32 + q * 8) ^ flip));
-          const uint2 u1 = *reinterpret_cast<const uint2*>(at + 8 * kRowBytes + ((half * 32 + q * 8) ^ flip));
-          w0[0] = u0.x, w0[1] = u0.y, w1[0] = u1.x, w1[1] = u1.y;
-        }
-        if constexpr (BITS == 8) {
-          const uint4 f = live ? column[half * rows * 4] : none;
-          multiply_word<T, 8>(w0[0], w1[0], f.x, f.y, 0, 0, acc);
-          multiply_word<T, 8>(w0[1], w1[1], f.z, f.w, 0, 0, acc);
-          scales.fold(acc, sums[half * 4], half, out[tile]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint4 f = live ? column[(half * 2 + i) * rows * 4] : none;
-            multiply_word<T, 4>(w0[i], w1[i], f.x, f.y, f.z, f.w, acc);
-            if constexpr (GROUP == 32) {
-              scales.fold(acc, sums[(half * 2 + i) * 4], half * 2 + i, out[tile]);
-              acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
-            }
-          }
-          if constexpr (GROUP != 32) scales.fold(acc, sums[half * 4], half, out[tile]);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint4 f = live ? column[i * rows * 4] : none;
+        const unsigned u0 = *reinterpret_cast<const unsigned*>(w0 + i * 16 + q * 4);
+        const unsigned u1 = *reinterpret_cast<const unsigned*>(w1 + i * 16 + q * 4);
+        acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
+        multiply_word<T, 4>(u0, u1, f.x, f.y, f.z, f.w, acc);
+        fold<T, 4, R::kScalePitch>(scales + 2 * i, acc, sums[i * kTokens / 2], out);
       }
+    } else {
+      const uint4 f0 = live ? column[0] : none, f1 = live ? column[rows * 4] : none;
+      const uint2 u0 = *reinterpret_cast<const uint2*>(w0 + q * 8), u1 = *reinterpret_cast<const uint2*>(w1 + q * 8);
+      multiply_word<T, 4>(u0.x, u1.x, f0.x, f0.y, f0.z, f0.w, acc);
+      multiply_word<T, 4>(u0.y, u1.y, f1.x, f1.y, f1.z, f1.w, acc);
+      fold<T, 4, R::kScalePitch>(scales, acc, *sums, out);
     }
   }
 }
 
-// One lane's share of the copies of a 16-row tile: two 16-byte units of weights and one row's scales or biases.
-template <typename T, int BITS, int GROUP>
-struct Source {
-  using L = Layout<T, BITS, GROUP>;
-  const unsigned char *w, *s;
-  unsigned second;  // from the first unit's row to the row 8 below, or to itself at the matrix's end
+// The ring: `full` and `empty` barriers of each stage, then the stages.
+template <int BITS, int GROUP, int UNITS, int STAGES>
+struct Ring {
+  using R = Stage<BITS, GROUP, UNITS>;
+  static constexpr int kHead = 256;  // barriers, a label for each stage, tiles that go together, the next tile
+  static constexpr int kBytes = kHead + STAGES * R::kBytes;
+  static_assert(STAGES <= 8 && kKeep <= 8, "they fit the head");
+  unsigned char* base;
+  int slot = 0, parity = 0;
 
-  __device__ __forceinline__ void aim(const Matrix& matrix, int row, int chunk, int K, int lane) {
-    const size_t stride = static_cast<size_t>(K) * BITS / 8;
-    const int last = matrix.n - 1;  // rows past the end repeat it, and their results are dropped
-    const int first = min(row + (lane >> 2), last);
-    w = matrix.w + first * stride + chunk * kRowBytes + (lane & 3) * 16;
-    second = static_cast<unsigned>((min(row + 8 + (lane >> 2), last) - first) * stride);
-    if constexpr (BITS != 16) {
-      const size_t group = static_cast<size_t>(min(row + (lane >> 1), last)) * (K / GROUP) + chunk * L::kChunk / GROUP;
-      s = ((lane & 1) ? matrix.b : matrix.s) + (L::kGroups == 1 ? group / 2 * 4 : group * 2);
+  __device__ __forceinline__ explicit Ring(unsigned char* base) : base(base) {}
+  __device__ __forceinline__ unsigned full() const { return shared_address(base) + slot * 16; }
+  __device__ __forceinline__ unsigned empty() const { return full() + 8; }
+  __device__ __forceinline__ unsigned char* stage() const { return base + kHead + slot * R::kBytes; }
+  __device__ __forceinline__ void wait_full() const { barrier_wait(full(), parity); }
+  __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(), parity ^ 1); }
+  __device__ __forceinline__ int& label() const { return reinterpret_cast<int*>(base + 128)[slot]; }
+  __device__ __forceinline__ int& kept(int n) const { return reinterpret_cast<int*>(base + 160)[n]; }
+  __device__ __forceinline__ int& claim(int which) const { return reinterpret_cast<int*>(base + 192)[which]; }
+  __device__ __forceinline__ void advance() {
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+  // Each copying warp arrives at `full` once for the copy engine's bytes and with every lane for its small copies.
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(shared_address(base) + i * 16, kCopyWarps * (BITS == 16 ? 1 : 33));
+      barrier_init(shared_address(base) + i * 16 + 8, kWarps);
     }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
-  __device__ __forceinline__ void fetch(unsigned stage, int lane) {
-    const unsigned dst = stage + (lane >> 2) * kRowBytes + (((lane & 3) * 16) ^ (((lane >> 3) & 1) << 5));
-    copy16(dst, w);
-    copy16(dst + 8 * kRowBytes, w + second);
-    w += kWarps * kRowBytes;
-    if constexpr (BITS != 16) {
-      copy_small<L::kScaleBytes>(stage + kWeightBytes + ((lane & 1) * kTileRows + (lane >> 1)) * L::kScaleBytes, s);
-      s += kWarps * L::kChunk / GROUP * 2;
+  // A copying warp's share of a slab: `bytes` from `at` on of the 16 rows from `row` on. SCALE is the widest copy that
+  // the alignment of rows of scales allows.
+  template <int SCALE>
+  __device__ __forceinline__ void fetch(const Matrix& matrix, int label, int row, int at, int bytes, int row_bytes,
+                                        unsigned long long policy) {
+    constexpr int kRows = kTileRows / kCopyWarps;
+    const int lane = threadIdx.x & 31, t = threadIdx.x - kThreads;
+    const int last = matrix.n - 1;  // rows past the end repeat the last, and are dropped
+    const unsigned dst = shared_address(stage()), barrier = full();
+    wait_empty();
+    if (t == 0) this->label() = label;
+    if (lane == 0) barrier_expect(barrier, kRows * bytes);
+    __syncwarp();
+    if (lane < kRows) {
+      const int r = t / 32 * kRows + lane;
+      const unsigned char* source = matrix.w + static_cast<size_t>(min(row + r, last)) * row_bytes + at;
+      copy_bulk(dst + r * R::kPitch, source, bytes, barrier, policy);
     }
+    if constexpr (BITS != 16) {
+      constexpr int kParts = R::kScaleBytes / SCALE, kRatio = BITS * GROUP / 16;  // weight bytes to a byte of scales
+      const int stride = row_bytes / kRatio, start = at / kRatio, end = bytes / kRatio;
+#pragma unroll 1
+      for (int i = t; i < 2 * kTileRows * kParts; i += kCopyWarps * 32) {
+        const int line = i / kParts, part = i % kParts * SCALE;
+        const unsigned char* source = (line < kTileRows ? matrix.s : matrix.b) + start + part;
+        if (part < end)
+          copy_small<SCALE>(dst + kTileRows * R::kPitch + line * R::kScalePitch + part,
+                            source + static_cast<size_t>(min(row + line % kTileRows, last)) * stride, policy);
+      }
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+    }
+    advance();
+  }
+
+  // A stage without bytes that says that there are no more tiles.
+  __device__ __forceinline__ void finish(int label) {
+    wait_empty();
+    if (threadIdx.x == kThreads) this->label() = label;
+    if constexpr (BITS != 16) barrier_arrive(full());
+    if ((threadIdx.x & 31) == 0) barrier_arrive(full());
   }
 };
 
@@ -346,30 +401,53 @@ enum Epilogue { kPlain = 0, kResidual = 1, kSwiGLU = 2 };
 
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
 
-// The whole launch. `matrices` is filled by the caller; for kSwiGLU it holds the gate and the up projection.
-template <typename T, typename OutT, int BITS, int GROUP, int COUNT, int STAGES, bool NORM, int EPILOGUE>
-__device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* residual, const Matrix (&matrices)[COUNT],
-                                    OutT* y, int rows, int K, float eps, unsigned char* smem) {
-  using L = Layout<T, BITS, GROUP>;
-  constexpr int kPerTile = EPILOGUE == kSwiGLU ? 2 : 1;
-  const int chunks = K / L::kChunk;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+// The whole launch, its state in one place. `matrices` is filled by the caller; for kSwiGLU it holds the gate and the
+// up projection. K is summed in PARTS; RESIDENT when all of its activations are staged at once.
+template <typename T, typename OutT, int BITS, int GROUP, int COUNT, int PARTS, bool RESIDENT, int UNITS,
+          int STAGES, bool NORM, int EPILOGUE, int SCALE>
+struct Launch {
+  using L = Layout<BITS, GROUP>;
+  using R = Stage<BITS, GROUP, UNITS>;
+  static constexpr int kPerTile = EPILOGUE == kSwiGLU ? 2 : 1;
+  static constexpr int kStagings = RESIDENT ? 1 : PARTS, kTogether = PARTS / kStagings;  // parts staged at once
+  const T *x, *norm_weight, *residual;
+  const Matrix (&matrices)[COUNT];
+  OutT* y;
+  int rows, K;
+  float eps;
+  int row_bytes, part_units, total = 0, ldy = 0;
+  Ring<BITS, GROUP, UNITS, STAGES> ring;
+  float *reduce, *kept, *squares, *scale, *fold_sums;
+  uint4* fragments;
 
-  unsigned char* ring = smem + warp * (STAGES * kPerTile * L::kStageBytes);
-  float* reduce = reinterpret_cast<float*>(smem + kWarps * STAGES * kPerTile * L::kStageBytes);  // two buffers
-  float* squares = reduce + 2 * kWarps * kPerTile * kPartial;
-  const int per_row = NORM ? (K / 8 + 31) / 32 : 0;
-  float* scale = squares + kTokens * per_row;
-  float* fold_sums = scale + kTokens;
-  uint4* fragments = reinterpret_cast<uint4*>(fold_sums + (BITS == 16 ? 0 : K / L::kFold * kTokens));
-
-  int total = 0, ldy = 0;
+  __device__ __forceinline__ Launch(const T* x, const T* norm_weight, const T* residual,
+                                    const Matrix (&matrices)[COUNT], OutT* y, int rows, int K, float eps,
+                                    unsigned char* smem)
+      : x(x), norm_weight(norm_weight), residual(residual), matrices(matrices), y(y), rows(rows), K(K), eps(eps),
+        row_bytes(K * BITS / 8), ring(smem) {
+    const int units = row_bytes / L::kUnitBytes;
+    part_units = (units + PARTS * kWarps - 1) / (PARTS * kWarps) * kWarps;
+    reduce = reinterpret_cast<float*>(smem + ring.kBytes);  // two buffers
+    kept = reduce + 2 * kWarps * kPerTile * kPartial;
+    squares = kept + (kStagings > 1 ? kKeep * kPerTile * kOutputs : 0);
+    scale = squares + (NORM ? kTokens * square_count() : 0);
+    fold_sums = scale + kTokens;
+    fragments = reinterpret_cast<uint4*>(fold_sums + (BITS == 16 ? 0 : kTogether * part_units * L::kFolds * kTokens));
 #pragma unroll
-  for (int i = 0; i < (EPILOGUE == kSwiGLU ? 1 : COUNT); ++i) {
-    total += (matrices[i].n + kTileRows - 1) / kTileRows;
-    ldy += matrices[i].n;
+    for (int i = 0; i < (EPILOGUE == kSwiGLU ? 1 : COUNT); ++i) {
+      total += (matrices[i].n + kTileRows - 1) / kTileRows;
+      ldy += matrices[i].n;
+    }
   }
-  auto locate = [&](int tile, Matrix& matrix, int& row, int& first) {
+
+  __device__ __forceinline__ int square_count() const { return (K / 8 + 31) / 32; }
+  __device__ __forceinline__ int part_start(int part) const { return part * part_units * L::kUnitBytes; }
+  __device__ __forceinline__ int part_bytes(int part) const {
+    return min(part_units * L::kUnitBytes, row_bytes - part_start(part));
+  }
+
+  // The matrix of a tile, its first row there, and the output feature of that matrix's first row.
+  __device__ __forceinline__ void locate(int tile, Matrix& matrix, int& row, int& first) const {
     matrix = matrices[0], row = tile * kTileRows, first = 0;
     if constexpr (EPILOGUE != kSwiGLU) {
 #pragma unroll
@@ -379,60 +457,101 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
         else break;
       }
     }
-  };
+  }
 
-  int next_tile = blockIdx.x, next_chunk = warp;
-  Source<T, BITS, GROUP> source[kPerTile];
-  auto aim = [&]() {
+  // ---- the copying warps; a stage's label is 4 * tile + flags
+
+  static constexpr int kLater = 2, kLast = 1;  // for the second staging or a later one; no tile follows those before
+
+  __device__ __forceinline__ void copy_tile(int tile, int part, bool last, unsigned long long policy) {
     Matrix matrix;
     int row, first;
-    locate(next_tile, matrix, row, first);
-    source[0].aim(matrix, row, next_chunk, K, lane);
-    if constexpr (EPILOGUE == kSwiGLU) source[1].aim(matrices[1], row, next_chunk, K, lane);
-  };
-  if (next_chunk >= chunks) next_tile = total;
-  if (next_tile < total) aim();
-  auto fetch = [&](int slot) {
-    if (next_tile < total) {
-      const unsigned stage = shared_address(ring + slot * kPerTile * L::kStageBytes);
-#pragma unroll
-      for (int i = 0; i < kPerTile; ++i) source[i].fetch(stage + i * L::kStageBytes, lane);
-      next_chunk += kWarps;
-      if (next_chunk >= chunks) {
-        next_tile += gridDim.x, next_chunk = warp;
-        if (next_tile < total) aim();
-      }
+    locate(tile, matrix, row, first);
+    const int end = part_start(part) + part_bytes(part);
+    const int label = tile * 4 + (part >= kTogether ? kLater : 0) + (last ? kLast : 0);
+    for (int at = part_start(part); at < end; at += R::kSlabBytes) {
+      ring.template fetch<SCALE>(matrix, label, row, at, min(R::kSlabBytes, end - at), row_bytes, policy);
+      if constexpr (EPILOGUE == kSwiGLU)
+        ring.template fetch<SCALE>(matrices[1], label, row, at, min(R::kSlabBytes, end - at), row_bytes, policy);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
-  Activations<T, BITS, GROUP, NORM> activations(x, norm_weight, rows, K);
-  int filled = 0;
-  for (int first = warp; first < activations.items || filled < STAGES - 1; first += activations.kBatch * kWarps) {
-    activations.load(first);
-    const int goal = first + activations.kBatch * kWarps < activations.items ? min(filled + 2, STAGES - 1) : STAGES - 1;
-    while (filled < goal) fetch(filled++);
-    activations.store(first, fragments, fold_sums, squares);
-  }
-  __syncthreads();
-  if constexpr (NORM) {
-    if (threadIdx.x < rows) {
-      float total_square = 0.0f;
-      for (int i = 0; i < per_row; ++i) total_square += squares[threadIdx.x * per_row + i];
-      scale[threadIdx.x] = rsqrtf(total_square / K + eps);
-    }
-    __syncthreads();
   }
 
-  int slot = 0, buffer = 0;
-  for (int tile = blockIdx.x; tile < total; tile += gridDim.x, buffer ^= 1) {
+  // The first tile is the block's number; later ones come from `work`, a counter that starts at zero, or by stride. A
+  // claim is made before the copies of the tile that comes before, behind which its latency hides.
+  __device__ __forceinline__ void copy_all(unsigned* work) {
+    const bool first_thread = threadIdx.x == kThreads;
+    const unsigned long long policy = passing_through();
+    int tile = blockIdx.x, count = 0;
+    for (int claims = 0; tile < total; claims ^= 1) {
+      int next = tile + gridDim.x;
+      if (work != nullptr && first_thread) next = gridDim.x + atomicAdd(work, 1u);
+#pragma unroll 1
+      for (int part = 0; part < kTogether; ++part) copy_tile(tile, part, false, policy);
+      if (kStagings > 1 && first_thread) ring.kept(count) = tile;
+      if (work != nullptr && first_thread) ring.claim(claims) = next;
+      if (work != nullptr || kStagings > 1) asm volatile("bar.sync 3, %0;" ::"n"(kCopyWarps * 32) : "memory");
+      tile = work != nullptr ? ring.claim(claims) : next;
+      if (kStagings > 1 && (++count == kKeep || tile >= total)) {
+        for (int part = 1; part < PARTS; ++part) {
+#pragma unroll 1
+          for (int i = 0; i < count; ++i) copy_tile(ring.kept(i), part, tile >= total, policy);
+        }
+        count = 0;
+      }
+    }
+    ring.finish(total * 4);
+  }
+
+  // ---- the multiplying warps
+
+  static __device__ __forceinline__ void meet() { asm volatile("bar.sync 2, %0;" ::"n"(kThreads) : "memory"); }
+
+  __device__ __forceinline__ void stage(int part) {
+    constexpr int kVectorBytes = BITS;  // of a row of weights: what 8 activations meet
+    if constexpr (kStagings > 1) meet();  // the part before may still be read
+    const int bytes = RESIDENT ? row_bytes : part_bytes(part);
+    Activations<T, BITS, GROUP, NORM> activations(x, norm_weight, rows, K, part_start(part) / kVectorBytes,
+                                                  bytes / kVectorBytes);
+    for (int first = threadIdx.x >> 5; first < activations.items; first += activations.kBatch * kWarps) {
+      activations.load(first);
+      activations.store(first, fragments, fold_sums, squares);
+    }
+    meet();
+    if (NORM && part == kStagings - 1) {
+      if (threadIdx.x < rows) {
+        float total_square = 0.0f;
+        for (int i = 0; i < square_count(); ++i) total_square += squares[threadIdx.x * square_count() + i];
+        scale[threadIdx.x] = rsqrtf(total_square / K + eps);
+      }
+      meet();
+    }
+  }
+
+  // One part of one tile: `sum` of output threadIdx.x / 4, alike in four neighbouring threads.
+  __device__ __forceinline__ void multiply_tile(int part, int buffer, float (&sum)[kPerTile]) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float out[kPerTile][4] = {};
-    for (int chunk = warp; chunk < chunks; chunk += kWarps) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-      __syncwarp();
-      const unsigned char* stage = ring + slot * kPerTile * L::kStageBytes;
-      fetch(slot == 0 ? STAGES - 1 : slot - 1);  // the stage that the whole warp left before the barrier above
-      multiply_chunk<T, BITS, GROUP, kPerTile>(stage, fragments, fold_sums, chunk, rows, lane, out);
-      slot = slot == STAGES - 1 ? 0 : slot + 1;
+    int done = RESIDENT ? part * part_units : 0;
+    for (int left = part_bytes(part) / L::kUnitBytes; left > 0; left -= R::kUnits, done += R::kUnits) {
+      const uint4* slab_fragments = fragments + static_cast<size_t>(done) * (L::kUnit / 8) * rows;
+      const float* slab_sums = fold_sums + done * L::kFolds * kTokens;
+#pragma unroll
+      for (int i = 0; i < kPerTile; ++i) {
+        auto multiply = [&](int unit) {
+          multiply_unit<T, BITS, GROUP, UNITS>(ring.stage(), slab_fragments, slab_sums, unit, rows, lane, out[i]);
+        };
+        ring.wait_full();
+        if (left >= R::kUnits) {
+#pragma unroll
+          for (int step = 0; step < UNITS; ++step) multiply(step * kWarps + warp);
+        } else {
+#pragma unroll 1
+          for (int unit = warp; unit < left; unit += kWarps) multiply(unit);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.empty());
+        ring.advance();
+      }
     }
     float* partials = reduce + buffer * (kWarps * kPerTile * kPartial);
     const int g = lane >> 2, q = lane & 3;
@@ -442,29 +561,91 @@ __device__ __forceinline__ void run(const T* x, const T* norm_weight, const T* r
       *reinterpret_cast<float2*>(mine + g * 8 + 2 * q) = make_float2(out[i][0], out[i][1]);
       *reinterpret_cast<float2*>(mine + (g + 8) * 8 + 2 * q) = make_float2(out[i][2], out[i][3]);
     }
-    __syncthreads();  // one barrier a tile: the other buffer is free once every warp has come past this one
-    // Four neighbouring threads share an output, each with four warps' partial sums.
-    const int output = threadIdx.x >> 2, token = output & 7, feature = output >> 3;
-    float sum[kPerTile];
+    meet();  // one barrier a tile: the other buffer is free once every warp has come past this one
 #pragma unroll
-    for (int i = 0; i < kPerTile; ++i) {
-      const float* part = partials + (i * kWarps + (threadIdx.x & 3) * 4) * kPartial + output;
-      sum[i] = __fadd_rn(__fadd_rn(part[0], part[kPartial]), __fadd_rn(part[2 * kPartial], part[3 * kPartial]));
+    for (int i = 0; i < kPerTile; ++i) {  // each of the four threads has four warps' partial sums
+      const float* part_sum = partials + (i * kWarps + (threadIdx.x & 3) * 4) * kPartial + (threadIdx.x >> 2);
+      sum[i] = __fadd_rn(__fadd_rn(part_sum[0], part_sum[kPartial]),
+                         __fadd_rn(part_sum[2 * kPartial], part_sum[3 * kPartial]));
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-      if constexpr (NORM) sum[i] *= scale[token];
     }
+  }
+
+  __device__ __forceinline__ void write(int tile, float (&sum)[kPerTile]) {
+    const int output = threadIdx.x >> 2, token = output & 7, feature = output >> 3;
     Matrix matrix;
     int row, first;
     locate(tile, matrix, row, first);
-    if ((threadIdx.x & 3) == 0 && token < rows && row + feature < matrix.n) {
-      const size_t at = static_cast<size_t>(token) * ldy + first + row + feature;
-      float value = sum[0];
-      if constexpr (EPILOGUE == kSwiGLU) value = silu(sum[0]) * sum[1];
-      if constexpr (EPILOGUE == kResidual) value += static_cast<float>(residual[at]);
-      y[at] = static_cast<OutT>(value);
+    if ((threadIdx.x & 3) != 0 || token >= rows || row + feature >= matrix.n) return;
+    if constexpr (NORM) {
+#pragma unroll
+      for (int i = 0; i < kPerTile; ++i) sum[i] *= scale[token];
+    }
+    const size_t at = static_cast<size_t>(token) * ldy + first + row + feature;
+    float value = sum[0];
+    if constexpr (EPILOGUE == kSwiGLU) value = silu(sum[0]) * sum[1];
+    if constexpr (EPILOGUE == kResidual) value += static_cast<float>(residual[at]);
+    y[at] = static_cast<OutT>(value);
+  }
+
+  // A tile's sum over the parts that came before, by the threads that write it.
+  __device__ __forceinline__ void add_kept(int n, float (&sum)[kPerTile], bool first) {
+    if ((threadIdx.x & 3) != 0) return;
+#pragma unroll
+    for (int i = 0; i < kPerTile; ++i) {
+      float& before = kept[(n * kPerTile + i) * kOutputs + (threadIdx.x >> 2)];
+      if (!first) sum[i] = __fadd_rn(before, sum[i]);
+      before = sum[i];
     }
   }
-}
+
+  __device__ __forceinline__ void multiply_all() {
+    bool more = true;
+    int buffer = 0, count = kKeep;  // tiles that go through the parts together
+    for (int part = 0; more; part = part + 1 == kStagings ? 0 : part + 1) {
+      stage(part);
+      if (part == 0) count = kKeep;
+      for (int n = 0; kStagings == 1 || n < count; ++n) {
+        ring.wait_full();
+        const int label = ring.label();
+        if (part == 0) {
+          more = label / 4 < total;
+          if (!more || (label & kLater)) {
+            count = n;
+            break;
+          }
+        }
+        float sum[kPerTile];
+        multiply_tile(part, buffer, sum), buffer ^= 1;
+#pragma unroll
+        for (int second = 1; second < kTogether; ++second) {
+          float next[kPerTile];
+          multiply_tile(second, buffer, next), buffer ^= 1;
+#pragma unroll
+          for (int i = 0; i < kPerTile; ++i) sum[i] = __fadd_rn(sum[i], next[i]);
+        }
+        if constexpr (kStagings > 1) {
+          add_kept(n, sum, part == 0);
+          if (part < kStagings - 1) continue;
+          more = !(label & kLast);
+        }
+        write(label / 4, sum);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(unsigned* work) {
+    if (threadIdx.x == kThreads) ring.init();
+    if (threadIdx.x >= kThreads) {
+      asm volatile("bar.sync 3, %0;" ::"n"(kCopyWarps * 32) : "memory");
+      asm volatile("bar.arrive 1, %0;" ::"n"(kAllThreads) : "memory");
+      copy_all(work);
+    } else {
+      asm volatile("bar.sync 1, %0;" ::"n"(kAllThreads) : "memory");
+      multiply_all();
+    }
+  }
+};
 
 }  // namespace few_row

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..launch import platform
 from ..registry import CHECK_ROWS, Case, Run
-from . import VERSION, few_row_matmul
+from . import VERSION, counters, few_row_matmul
 from .reference import Matrix, reference, stock
 from .variants import form, variant_for
 
@@ -16,7 +16,10 @@ from .variants import form, variant_for
 def case(
     matrices: Sequence[Matrix], dtype: mx.Dtype, *, norm: bool = False, swiglu: bool = False, residual: bool = False
 ) -> Case:
-    """These weights with this fusion; the checks read the weights given."""
+    """These weights with this fusion; the checks read the weights given.
+
+    Eight rows take their tiles from a counter, fewer have fixed ones.
+    """
     first = matrices[0]
     features = first.features if swiglu else sum(m.features for m in matrices)
     x_key, norm_key, residual_key = mx.random.split(mx.random.key(0), 3)
@@ -32,6 +35,7 @@ def case(
                 norm_weight=weight,
                 residual=None if added is None else added[i : i + rows],
                 swiglu=swiglu,
+                work=counters(1)[0] if rows == CHECK_ROWS else None,
             )
             for i in range(0, CHECK_ROWS, rows)
         ]

@@ -82,10 +82,12 @@ def reference(
     residual: mx.array | None = None,
     swiglu: bool = False,
     out_dtype: mx.Dtype | None = None,
+    work: mx.array | None = None,
 ) -> mx.array:
     """The definition of right for `few_row_matmul`, computed in float32.
 
-    Shapes and arguments as there. RMSNorm is that of arXiv 1910.07467, SwiGLU that of arXiv 2002.05202.
+    Shapes and arguments as there; `work` is not looked at. RMSNorm is that of arXiv 1910.07467, SwiGLU that of
+    arXiv 2002.05202.
     """
     wide = [None if a is None else a.astype(mx.float32) for a in (norm_weight, residual)]
     out = _fused(_dequantized, x.astype(mx.float32), matrices, wide[0], eps, wide[1], swiglu)
@@ -101,6 +103,7 @@ def stock(
     residual: mx.array | None = None,
     swiglu: bool = False,
     out_dtype: mx.Dtype | None = None,
+    work: mx.array | None = None,
 ) -> mx.array:
     """The same from MLX's own operations in x's dtype: what runs where the kernel does not."""
     out = _fused(_stock, x, matrices, norm_weight, eps, residual, swiglu)
