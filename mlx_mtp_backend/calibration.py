@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 64
 _DEPTHS = (0, 1, 3)  # what lies between and beyond is drawn from these until it is measured
-_ROUNDS = 4  # of each depth; the first compiles and does not count
+_ROUNDS = 5  # of each depth; the first two do not count
 _TYPICAL = Sampling(temperature=0.6, top_p=0.95)
 
 

@@ -8,7 +8,7 @@ without drafts. No MLX here.
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ FIRST_GUESS = 0.8  # of a draft's chance, before anything was seen
 HYSTERESIS = 0.03  # another depth must promise this much more
 TOLERANCE = 0.02  # a sequence may be expected to lose this much
 PROBE_SHARE = 0.01  # of all time may go to rounds at other depths
-PROBE_ROUNDS = 2
+PROBE_ROUNDS = 3
+_UNTIMED = 2  # rounds of each kind: they compile, and instantiate graphs
 _WINDOW, _ENOUGH = 9, 3  # timings kept of each kind of round, and how many a median needs
 _SEQUENCE_MEMORY, _MODEL_MEMORY = 0.97, 0.999  # what an observation still weighs a round later
 _PRIOR_WEIGHT = 4.0  # rounds' worth of trust in the wider estimate
@@ -76,18 +77,18 @@ class Costs:
     """Seconds of a round by (sequences, rows), as the median of the newest timings."""
 
     def __init__(self) -> None:
+        self._rounds: Counter[tuple[int, int]] = Counter()
         self._timings: dict[tuple[int, int], deque[float]] = {}
         self._believed: dict[tuple[int, int], float] = {}
 
     def observe(self, sequences: int, rows: int, seconds: float) -> None:
-        """One round. The first of its kind is not timed: it compiles."""
+        """One round. The first of its kind are not timed."""
         key = (sequences, rows)
-        if key in self._timings:
-            timings = self._timings[key]
+        self._rounds[key] += 1
+        if self._rounds[key] > _UNTIMED:
+            timings = self._timings.setdefault(key, deque(maxlen=_WINDOW))
             timings.append(seconds)
             self._believed[key] = statistics.median(timings) if len(timings) >= _ENOUGH else min(timings)
-        else:
-            self._timings[key] = deque(maxlen=_WINDOW)
 
     def known(self, sequences: int, rows: int) -> bool:
         """Whether it was measured often enough to compare others with."""
