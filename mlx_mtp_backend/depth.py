@@ -19,6 +19,7 @@ HYSTERESIS = 0.03  # another depth must promise this much more
 TOLERANCE = 0.02  # a sequence may be expected to lose this much
 PROBE_SHARE = 0.01  # of all time may go to rounds at other depths
 PROBE_ROUNDS = 3
+HORIZON = 64  # rounds by which the head's catching up must have paid for itself
 _UNTIMED = 2  # rounds of each kind: they compile, and instantiate graphs
 _WINDOW, _ENOUGH = 9, 3  # timings kept of each kind of round, and how many a median needs
 _SEQUENCE_MEMORY, _MODEL_MEMORY = 0.97, 0.999  # what an observation still weighs a round later
@@ -146,17 +147,19 @@ class DepthController:
         self._seen: dict[tuple[int, int], int] = {}
         self._credit = 0.0
         self._probe: tuple[int, int, int] | None = None  # sequences, depth, rounds left
+        self._catch_up = 0.0  # seconds for each row that a head has missed
 
     def sequence(self) -> Acceptance:
         """The estimate of a new sequence."""
         return Acceptance(self.acceptance)
 
-    def choose(self, streams: Sequence[Acceptance], others: int = 0, other_rows: int = 0) -> int:
+    def choose(self, streams: Sequence[Acceptance], others: int = 0, other_rows: int = 0, missed: int = 0) -> int:
         """The depth of the next round.
 
         Args:
             streams: the estimates of the sequences that take this depth, at least one.
             others: sequences of the pass whose depth is fixed, with `other_rows` rows.
+            missed: rows that the head must run before it can draft for these sequences.
         """
         sequences = len(streams) + others
         rows = [other_rows + len(streams) * (1 + depth) for depth in range(MAX_DEPTH + 1)]
@@ -169,8 +172,10 @@ class DepthController:
         # One step deeper than what was seen: a deep pass may cost many times a shallow one.
         rows = rows[: max(depth for depth, count in enumerate(rows) if self.costs.seen(sequences, count)) + 2]
         rates: dict[int, float] = {}
+        catching_up = self._catch_up * missed
         for depth, count in enumerate(rows):
             seconds = self.costs.seconds(sequences, count) or plain
+            seconds += catching_up / HORIZON if depth else 0.0
             tokens = [stream.expected(depth) for stream in streams]
             if min(tokens) / seconds >= (1 - TOLERANCE) / plain:
                 rates[depth] = sum(tokens) / seconds
@@ -178,14 +183,14 @@ class DepthController:
         if current not in rates or rates[best] > (1 + HYSTERESIS) * rates[current]:
             current = best
         self._current[sequences] = current
-        return self._probing(sequences, current, rows)
+        return self._probing(sequences, current, rows, 0.0 if current else catching_up)
 
-    def observe(self, streams: Sequence[Drafted], seconds: float, *, typical: bool = True) -> None:
+    def observe(self, streams: Sequence[Drafted], seconds: float, *, caught_up: int = 0) -> None:
         """A round is done.
 
         Args:
             streams: every sequence of the pass.
-            typical: False for a round whose time tells nothing of others, as one in which the head caught up.
+            caught_up: rows that the head ran because it had missed them; such a round's time tells nothing of others.
         """
         self._round += 1
         for stream in streams:
@@ -195,20 +200,23 @@ class DepthController:
                 stream.acceptance.observe(stream.drafted, stream.accepted)
         sequences, rows = len(streams), sum(1 + stream.drafted for stream in streams)
         self._seen[sequences, rows] = self._round
-        if typical:
+        if not caught_up:
             self.costs.observe(sequences, rows, seconds)
+        elif self.costs.seen(sequences, rows):
+            extra = max(seconds - (self.costs.seconds(sequences, rows) or 0.0), 0.0) / caught_up
+            self._catch_up = 0.5 * (self._catch_up + extra) if self._catch_up else extra
         self._credit = min(self._credit + PROBE_SHARE * seconds, 10 * PROBE_ROUNDS * seconds)
         if self._probe is not None:
             count, depth, left = self._probe
             self._probe = (count, depth, left - 1) if left > 1 and count == sequences else None
 
-    def _probing(self, sequences: int, current: int, rows: Sequence[int]) -> int:
+    def _probing(self, sequences: int, current: int, rows: Sequence[int], catching_up: float) -> int:
         """`current`, or no drafts or a neighbour, if seen long ago, once enough time has gone by to pay for it."""
         others = [depth for depth in (current - 1, current + 1, 0) if 0 <= depth < len(rows) and depth != current]
         if not others:
             return current
         depth = min(others, key=lambda d: self._seen.get((sequences, rows[d]), 0))
-        price = PROBE_ROUNDS * (self.costs.seconds(sequences, rows[depth]) or 0.0)
+        price = PROBE_ROUNDS * (self.costs.seconds(sequences, rows[depth]) or 0.0) + catching_up
         if self._credit < price:
             return current
         self._credit -= price
@@ -217,9 +225,14 @@ class DepthController:
 
     def to_json(self) -> dict[str, Any]:
         """What is worth remembering."""
-        return {"costs": self.costs.to_json(), "acceptance": self.acceptance.to_json()}
+        return {
+            "costs": self.costs.to_json(),
+            "acceptance": self.acceptance.to_json(),
+            "catch_up": self._catch_up,
+        }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Begins from what was remembered. Raises ValueError, TypeError or KeyError where it is malformed."""
         self.costs.restore(stored["costs"])
         self.acceptance.restore(stored["acceptance"])
+        self._catch_up = float(stored["catch_up"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_mtp_backend import rounds
-from mlx_mtp_backend.depth import DepthController, Drafted
+from mlx_mtp_backend.depth import MAX_DEPTH, DepthController, Drafted
 from mlx_mtp_backend.drafters import Drafter
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.rounds import Round
@@ -13,14 +13,13 @@ from mlx_mtp_backend.sequence import Sequence
 def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequences: list[Sequence]) -> Round:
     """One round, see rounds.run_round. Sequences whose depth is not fixed get the one that promises most now."""
     _assign(depths, sequences)
-    # A head that catches up with rounds without drafts takes time that no other round of this kind will.
-    typical = all(one.pending_rows <= one.depth + 1 for one in sequences if one.depth)
+    missed = sum(_missed(one, one.depth) for one in sequences if one.depth)
     done = rounds.run_round(model, drafter, sequences)
     fates = [
         Drafted(one.acceptance, committed.drafted, max(len(committed.tokens) - 1, 0))
         for one, committed in zip(sequences, done.committed, strict=True)
     ]
-    depths.observe(fates, done.seconds, typical=typical)
+    depths.observe(fates, done.seconds, caught_up=missed)
     return done
 
 
@@ -30,6 +29,12 @@ def _assign(depths: DepthController, sequences: list[Sequence]) -> None:
         return
     fixed = [one for one in sequences if one.acceptance is None]
     rows = sum(1 + one.round_depth for one in fixed)
-    depth = depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows)
+    missed = sum(_missed(one, MAX_DEPTH) for one, _ in adaptive)
+    depth = depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows, missed)
     for one, _ in adaptive:
         one.depth = depth
+
+
+def _missed(one: Sequence, depth: int) -> int:
+    """Rows that the head is behind, beyond those that a round of this depth leaves."""
+    return max(0, one.pending_rows - depth - 1)

@@ -33,7 +33,7 @@ class Restless(DepthController):
         super().__init__()
         self._random = random.Random(seed)
 
-    def choose(self, streams, others=0, other_rows=0):
+    def choose(self, streams, others=0, other_rows=0, missed=0):
         return self._random.choice((0, 0, 1, 2, 4))
 
 

@@ -112,11 +112,29 @@ def test_rows_beyond_the_fast_path_are_not_tried():
     assert DepthController(most_rows=2).choose(streams) == 0
 
 
-def test_a_round_that_tells_nothing_is_not_timed():
-    costs = DepthController()
+def test_a_round_in_which_the_head_caught_up_is_not_timed():
+    controller = DepthController()
     for _ in range(5):
-        costs.observe([Drafted(None, 0, 0)], 1.0, typical=False)
-    assert not costs.costs.known(1, 1)
+        controller.observe([Drafted(None, 0, 0)], 1.0, caught_up=9)
+    assert not controller.costs.known(1, 1)
+
+
+def test_catching_up_is_part_of_the_price():
+    """Where every row that the head missed costs half a round, a long reply without drafts is left as it is."""
+
+    def lagging(per_row: float) -> int:
+        controller, missed, drafted = DepthController(), 0, 0
+        stream = controller.sequence()
+        for _ in range(3000):
+            depth = controller.choose([stream], missed=missed)
+            caught_up, missed = (missed, 0) if depth else (0, missed + 1)
+            drafted += depth > 0
+            controller.observe(
+                [Drafted(stream, depth, 0)], 1.0 + 0.5 * depth + per_row * caught_up, caught_up=caught_up
+            )
+        return drafted
+
+    assert lagging(0.5) < lagging(0.0) / 3
 
 
 def test_acceptance_counts_only_drafts_behind_kept_ones():
@@ -156,4 +174,4 @@ def test_it_is_remembered():
     again.restore(machine.controller.to_json())
     assert again.choose([again.sequence()]) == machine.controller.choose(machine.streams)
     with pytest.raises((KeyError, TypeError, ValueError)):
-        again.restore({"costs": [[1, 2]], "acceptance": []})
+        again.restore({"costs": [[1, 2]], "acceptance": [], "catch_up": 0})
