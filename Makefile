@@ -11,7 +11,7 @@ endif
 EXAMPLES ?= 50000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance hostile fuzz lint protos clean
+.PHONY: help setup demo serve test conformance hostile fuzz scheduler lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ hostile: setup  ## read the corpus of hostile model files: outcome, time and pea
 
 fuzz: setup  ## fuzz the readers of model files for long; EXAMPLES=50000
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_header_fuzz.py tests/router/test_gguf_fuzz.py
+
+scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
+	$(BIN)/python -m benchmarks.scheduler
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .

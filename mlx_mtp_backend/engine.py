@@ -91,7 +91,8 @@ class Engine:
         return result
 
     def unload(self, name: str) -> Future[None]:
-        """Drop a model; the future holds MODEL_IN_USE while streams need it, MODEL_NOT_LOADED if there is none."""
+        """Drop a model, or give its load up. The future holds MODEL_IN_USE while streams need it, and MODEL_NOT_LOADED
+        if there is none, or was none yet."""
         result: Future[None] = _uncancellable()
         with self._board.lock:
             self._require_open()

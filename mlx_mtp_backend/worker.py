@@ -152,7 +152,18 @@ class Worker:
         command.result.set_exception(error)
         _release_memory()
 
+    def _give_up_load(self, name: str) -> None:
+        """End a load that is not wanted any more."""
+        for load, steps in [pair for pair in self._loads if pair[0].name == name]:
+            self._loads.remove((load, steps))
+            steps.close()
+            with self._board.lock:
+                self._board.loading.discard(name)
+            load.result.set_exception(EngineError(ErrorReason.MODEL_NOT_LOADED, f"{name!r} was unloaded as it loaded"))
+            _release_memory()
+
     def _unload(self, command: Unload) -> None:
+        self._give_up_load(command.name)
         users = [*self._waiting, *self._prefilling, *self._decoding]
         if command.name not in self._residents:
             detail = f"{command.name!r} is not loaded"

@@ -236,10 +236,10 @@ class ModelFacts:
     quantization: str = ""
     context_length: int | None = None
     size_bytes: int | None = None
+    cache_bytes: int | None = None
     capabilities: Mapping[Capability, CapabilityFact] = field(default_factory=dict)
     reasoning_switch: bool = False
     problem: str = ""
-    cache_bytes: int | None = None
     head: HeadFacts | None = None
     stamp: tuple[tuple[str, int, int], ...] = ()
 

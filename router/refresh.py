@@ -57,7 +57,7 @@ class Reader:
         pulled: Path,
         build: Callable[[Settings, Catalog], Mapping[str, Backend]],
     ) -> None:
-        self._server = settings.server
+        self._started = settings
         self._backends = dict(settings.backends)  # as they run
         self._load = load
         self._pulled = pulled
@@ -87,8 +87,8 @@ class Reader:
             for name in sorted(self._backends.keys() | settings.backends.keys())
             if self._backends.get(name) != settings.backends.get(name)
         ]
-        if settings.server != self._server:
-            outdated.append("server")
+        tables = ("server", "scheduler")
+        outdated += [table for table in tables if getattr(settings, table) != getattr(self._started, table)]
         backends = self._build(settings.model_copy(update={"backends": new}), catalog)
         return Reading(catalog, backends, tuple(outdated))
 

@@ -1,156 +1,448 @@
-"""Admission to one model: who runs, who waits, who is turned away.
+"""Which requests run and which models are in memory: pure decisions, told to one port. One event loop, no locks.
 
-`Line` decides and knows no event loop; `Admission` wakes the waiting tasks. The rule: INTERACTIVE before BATCH, each in
-order of arrival, but of every five places that come free while both wait, the fifth goes to BATCH, so that a BATCH
-request with n BATCH requests in front of it waits for at most 5 (n + 1) places.
+* Each model has a bounded line (see `line.py`). Models of one lane share its places; among them, and among the models
+  that want to be loaded, who has waited longer than its patience comes first, in order of arrival; then INTERACTIVE
+  before BATCH, each in order of arrival.
+* A model is loaded while somebody waits for it. What is in memory keeps within the budget: idle models are dropped to
+  make room, the one that was used longest ago first; a busy, held or pinned one never is.
+* A model that is in memory goes on serving its own line, so that bursts do not swap models back and forth. Only when a
+  request for another one has waited longer than its patience, and the model has had its turn, does it take no more
+  requests until its running ones have ended and it can be dropped. Until that request's model is loaded no other is.
+* A load that nobody waits for any more is cancelled. Who left causes no load and no eviction.
+* An idle model with a keep-alive is dropped once that has passed.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
 
 from router.domain import ErrorReason, Priority, RouterError
+from router.line import Line, Ticket
 
-INTERACTIVE_TURNS = 4  # that may pass a waiting BATCH request before it has its turn
 MIN_RETRY_AFTER, MAX_RETRY_AFTER = 1.0, 60.0
 
 
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """One request's stay, from its arrival to its leaving. Compared by identity."""
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a model is served.
 
-    priority: Priority
-    running: bool = False
-    ahead: int = 0  # waiting requests that will run before it, as things stand
-    admitted_at: float = 0.0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Line:
-    """Pure decisions: `places` requests run, up to `max_waiting` wait."""
-
-    def __init__(self, places: int, max_waiting: int) -> None:
-        self.places = places
-        self.max_waiting = max_waiting
-        self.running: set[Ticket] = set()
-        # Dicts keep order of arrival and drop from the middle in constant time.
-        self._waiting: dict[Priority, dict[Ticket, None]] = {Priority.INTERACTIVE: {}, Priority.BATCH: {}}
-        self._passed = 0  # INTERACTIVE turns since a BATCH request began to wait or had its turn
-
-    @property
-    def waiting(self) -> int:
-        """How many wait."""
-        return sum(map(len, self._waiting.values()))
-
-    def arrive(self, ticket: Ticket) -> bool:
-        """Admits or lines up the ticket; False, and nothing changed, if the line is full."""
-        if len(self.running) < self.places and not self.waiting:
-            self._run(ticket)
-            return True
-        if self.waiting >= self.max_waiting:
-            return False
-        self._waiting[ticket.priority][ticket] = None
-        return True
-
-    def leave(self, ticket: Ticket) -> list[Ticket]:
-        """Removes the ticket, whether it runs, waits or is gone already; returns those admitted in its place."""
-        self.running.discard(ticket)
-        self._waiting[ticket.priority].pop(ticket, None)
-        if not self._waiting[Priority.BATCH]:
-            self._passed = 0
-        admitted = []
-        while len(self.running) < self.places and self.waiting:
-            following = next(self.order())
-            self._take_turn(following)
-            admitted.append(following)
-        return admitted
-
-    def order(self) -> Iterator[Ticket]:
-        """The waiting tickets in the order in which they will run if nobody else arrives."""
-        interactive, batch = iter(self._waiting[Priority.INTERACTIVE]), iter(self._waiting[Priority.BATCH])
-        passed = self._passed
-        first, second = next(interactive, None), next(batch, None)
-        while first is not None or second is not None:
-            if second is not None and (first is None or passed >= INTERACTIVE_TURNS):
-                yield second
-                second, passed = next(batch, None), 0
-            elif first is not None:
-                yield first
-                first, passed = next(interactive, None), passed + (second is not None)
-
-    def _take_turn(self, ticket: Ticket) -> None:
-        del self._waiting[ticket.priority][ticket]
-        if ticket.priority is Priority.BATCH or not self._waiting[Priority.BATCH]:
-            self._passed = 0
-        else:
-            self._passed += 1
-        self._run(ticket)
-
-    def _run(self, ticket: Ticket) -> None:
-        ticket.running = True
-        self.running.add(ticket)
-
-
-class Admission:
-    """A `Line` for asyncio tasks.
-
-    A task enters, waits on `ticket.changed` until `ticket.running`, and leaves in a `finally`, whatever became of it:
-    the state is in the ticket, so a cancelled waiter loses no wake-up and keeps no place.
-
-    Args:
-        places: requests that run at once.
-        max_waiting: requests that may wait.
-        clock: seconds, for the advice given to those turned away.
+    Attributes:
+        places: requests that run at once in its lane.
+        max_waiting: requests that may wait for it.
+        lane: models of one lane share the places; "" is a lane of its own.
+        memory: bytes that it takes while it is in memory.
+        loads: whether the router loads it; a model that another server keeps is always ready.
+        keep_alive: seconds that it stays after its last request; None: until its memory is needed.
+        pinned: it stays once it is loaded.
     """
 
-    def __init__(self, places: int, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._line = Line(places, max_waiting)
-        self._clock = clock
-        self._typical_stay = MIN_RETRY_AFTER
+    places: int
+    max_waiting: int
+    lane: str = ""
+    memory: int = 0
+    loads: bool = True
+    keep_alive: float | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for all models.
+
+    Attributes:
+        budget: bytes for all models in memory; None: no limit.
+        patience: seconds that a request waits before busy models have to make room for its own.
+        turn: seconds that a model serves before it has to make room.
+    """
+
+    budget: int | None = None
+    patience: Mapping[Priority, float] = field(
+        default_factory=lambda: {Priority.INTERACTIVE: 10.0, Priority.BATCH: 60.0}
+    )
+    turn: float = 10.0
+
+
+class Effects(Protocol):
+    """What the decisions are told to. Nothing here may call the scheduler back at once."""
+
+    def now(self) -> float:
+        """Seconds of a monotonic clock."""
+
+    def footprint(self) -> int:
+        """Bytes that the router and its children take, as the system measures them."""
+
+    def begin_load(self, model: str) -> None:
+        """Begins to load; `loaded` or `load_failed` follows."""
+
+    def cancel_load(self, model: str) -> None:
+        """Gives a load up; `unloaded` follows when its memory is free again."""
+
+    def begin_unload(self, model: str) -> None:
+        """Drops a model; `unloaded` follows when its memory is free again."""
+
+    def tell(self, ticket: Ticket) -> None:
+        """The ticket has changed."""
+
+
+class Phase(Enum):
+    """Where a model stands."""
+
+    COLD = "cold"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """A model that was asked for. Times are of the port's clock."""
+
+    name: str
+    terms: Terms
+    phase: Phase
+    line: Line = field(default_factory=Line)
+    running: set[Ticket] = field(default_factory=set)
+    holds: dict[Ticket, None] = field(default_factory=dict)  # waiting and held
+    ready_at: float = 0.0
+    used_at: float = 0.0
+    yields: bool = False  # takes no more requests, to make room for another
+    stay: float = MIN_RETRY_AFTER  # a typical request's
+    moved: bool = False  # the positions in its line must be told anew
 
     @property
-    def active(self) -> int:
-        """How many run."""
-        return len(self._line.running)
+    def wanted(self) -> bool:
+        """Whether somebody waits for it."""
+        return bool(self.line) or any(not ticket.running for ticket in self.holds)
 
     @property
-    def queued(self) -> int:
-        """How many wait."""
-        return self._line.waiting
+    def idle(self) -> bool:
+        """Whether nobody needs it."""
+        return not (self.running or self.holds or self.line)
 
-    def enter(self, priority: Priority) -> Ticket:
-        """A ticket that runs or waits. Raises RouterError QUEUE_FULL."""
-        ticket = Ticket(priority, admitted_at=self._clock())
-        if not self._line.arrive(ticket):
-            raise RouterError(
-                ErrorReason.QUEUE_FULL,
-                f"{self.queued} requests wait for this model already",
-                metadata={"queued": str(self.queued), "max_queued": str(self._line.max_waiting)},
-                retry_after=self._retry_after(),
-            )
-        self._tell_positions()
-        return ticket
+    @property
+    def busy(self) -> bool:
+        """Whether somebody uses it now."""
+        return bool(self.running) or any(ticket.running for ticket in self.holds)
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it may be dropped for another."""
+        droppable = self.terms.loads and self.phase is Phase.READY and not self.terms.pinned
+        return droppable and not self.busy and (self.yields or self.idle)
+
+    def waiters(self) -> Iterator[Ticket]:
+        """Who may be the most urgent."""
+        yield from self.line.heads()
+        yield from (ticket for ticket in self.holds if not ticket.running)
+
+
+class Scheduler:
+    """The decisions.
+
+    Args:
+        rules: of the service.
+        effects: what they are told to.
+    """
+
+    def __init__(self, rules: Rules, effects: Effects) -> None:
+        self.rules = rules
+        self.models: dict[str, Model] = {}
+        self.evictions = 0
+        self._effects = effects
+
+    # What happens
+
+    def arrive(self, name: str, terms: Terms, ticket: Ticket) -> None:
+        """A request comes: it runs, waits, or is refused with QUEUE_FULL or MEMORY_BUDGET, which the ticket tells."""
+        model = self._known(name, terms)
+        ticket.model, ticket.arrived = name, self._effects.now()
+        if ticket.hold:
+            model.holds[ticket] = None
+        elif len(model.line) >= terms.max_waiting + max(0, terms.places - self._running_in_lane(model)):
+            ticket.refused = self._full(model)
+            return
+        else:
+            model.line.join(ticket)
+        model.moved = True
+        self._settle()
 
     def leave(self, ticket: Ticket) -> None:
-        """Gives the place back or leaves the line. Safe to call twice."""
-        if ticket in self._line.running:
-            stay = self._clock() - ticket.admitted_at
-            self._typical_stay += 0.2 * (stay - self._typical_stay)
-        for admitted in self._line.leave(ticket):
-            admitted.ahead = 0
-            admitted.admitted_at = self._clock()
-            admitted.changed.set()
-        self._tell_positions()
+        """A request goes, whatever became of it. Safe to call twice."""
+        model = self.models.get(ticket.model)
+        if model is None:
+            return
+        now = self._effects.now()
+        if ticket in model.running:
+            model.running.discard(ticket)
+            model.stay += 0.2 * (now - ticket.admitted - model.stay)
+        elif ticket in model.holds:
+            del model.holds[ticket]
+        elif model.line.leave(ticket):
+            model.moved = True
+        else:
+            return
+        if ticket.running:
+            model.used_at = now
+        self._settle()
 
-    def _tell_positions(self) -> None:
-        for ahead, ticket in enumerate(self._line.order()):
-            if ticket.ahead != ahead:
-                ticket.ahead = ahead
-                ticket.changed.set()
+    def loaded(self, name: str) -> None:
+        """A load has ended well."""
+        model = self.models.get(name)
+        if model is not None and model.phase is Phase.LOADING:
+            model.ready_at = model.used_at = self._effects.now()
+            self._become(model, Phase.READY)
+            self._settle()
 
-    def _retry_after(self) -> float:
-        """Seconds until a place in the line is likely to come free."""
-        return min(max(self._typical_stay / self._line.places, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
+    def load_failed(self, name: str, error: RouterError) -> None:
+        """A load has ended badly: all who wait for it are refused with `error`."""
+        model = self.models.get(name)
+        if model is not None and model.phase is Phase.LOADING:
+            self._become(model, Phase.COLD)
+            self._refuse(model, error)
+            self._settle()
+
+    def unloaded(self, name: str) -> None:
+        """A model's memory is free."""
+        self._become(self.models[name], Phase.COLD)
+        self._settle()
+
+    def lost(self, name: str) -> None:
+        """A model went away by itself."""
+        model = self.models.get(name)
+        if model is not None and model.phase in (Phase.READY, Phase.LOADING):
+            self._become(model, Phase.COLD)
+            self._settle()
+
+    def drop(self, name: str, *, force: bool) -> bool:
+        """Somebody wants a model dropped. False where it is in use and not `force`."""
+        model = self.models.get(name)
+        if model is None or not model.terms.loads or model.phase in (Phase.COLD, Phase.UNLOADING):
+            return True
+        if not force and (model.phase is Phase.LOADING or not model.idle):
+            return False
+        self._give_up(model)
+        self._settle()
+        return True
+
+    def tick(self) -> None:
+        """Time has passed (see `next_tick`)."""
+        self._settle()
+
+    def next_tick(self) -> float | None:
+        """When a decision may change by itself; None: only when something happens."""
+        now, times = self._effects.now(), []
+        impatient = False
+        for model in self.models.values():
+            if model.evictable and model.idle and model.terms.keep_alive is not None:
+                times.append(model.used_at + model.terms.keep_alive)
+            if model.phase is Phase.COLD and self.rules.budget is not None:
+                times += [ticket.arrived + self.rules.patience[ticket.priority] for ticket in model.waiters()]
+                impatient = impatient or self._overdue(model, now)
+        if impatient:
+            busy = [model for model in self.models.values() if model.phase is Phase.READY]
+            times += [model.ready_at + self.rules.turn for model in busy]
+        return min((time for time in times if time > now), default=None)
+
+    # What is asked
+
+    def phase(self, name: str) -> Phase:
+        """Where the model stands."""
+        return self.models[name].phase if name in self.models else Phase.COLD
+
+    def held(self) -> int:
+        """Bytes of the budget in use."""
+        return sum(model.terms.memory for model in self.models.values() if model.phase is not Phase.COLD)
+
+    # What is decided
+
+    def _settle(self) -> None:
+        now = self._effects.now()
+        for model in self.models.values():
+            if model.phase is Phase.LOADING and not model.wanted:
+                self._give_up(model)
+        wanted = [model for model in self.models.values() if model.phase is Phase.COLD and model.wanted]
+        wanted.sort(key=lambda model: self._urgency(model, now))
+        free = self._free() if wanted else math.inf
+        self._choose_yields(wanted, free, now)
+        self._admit(now)
+        self._make_room(wanted, free, now)
+        for model in list(self.models.values()):
+            keep = model.terms.keep_alive
+            if keep is not None and model.evictable and model.idle and now >= model.used_at + keep:
+                self._give_up(model)
+            if model.moved:
+                self._tell_positions(model)
+            if model.idle and model.phase is Phase.COLD:
+                del self.models[model.name]
+
+    def _admit(self, now: float) -> None:
+        for model in self.models.values():
+            if model.phase is Phase.READY and not model.yields:
+                for ticket in model.holds:
+                    if not ticket.running:
+                        self._run(ticket, now)
+        lanes: dict[str, list[Model]] = {}
+        for model in self.models.values():
+            if model.line and model.phase is Phase.READY and not model.yields:
+                lanes.setdefault(model.terms.lane or f"model {model.name}", []).append(model)
+        for ready in lanes.values():
+            free = ready[0].terms.places - self._running_in_lane(ready[0])
+            for _ in range(free):
+                open_lines = [model for model in ready if model.line]
+                if not open_lines:
+                    break
+                model = min(open_lines, key=lambda model: self._urgency(model, now))
+                ticket = model.line.take()
+                model.running.add(ticket)
+                model.moved = True
+                self._run(ticket, now)
+
+    def _run(self, ticket: Ticket, now: float) -> None:
+        ticket.running, ticket.admitted, ticket.ahead, ticket.loading = True, now, 0, False
+        self._effects.tell(ticket)
+
+    def _choose_yields(self, wanted: list[Model], free: float, now: float) -> None:
+        """Has busy models make room for the first that is overdue, if dropping idle ones does not."""
+        for model in self.models.values():
+            model.yields = False
+        first = next(iter(wanted), None)
+        if first is None or not self._overdue(first, now):
+            return
+        short = first.terms.memory - free - self._coming()
+        short -= sum(model.terms.memory for model in self.models.values() if model.evictable)
+        busy = [m for m in self.models.values() if m.phase is Phase.READY and m.terms.loads and not m.evictable]
+        for model in sorted(busy, key=lambda model: model.ready_at):
+            if short > 0 and not model.terms.pinned:
+                model.yields = now >= model.ready_at + self.rules.turn
+                short -= model.terms.memory
+
+    def _make_room(self, wanted: list[Model], free: float, now: float) -> None:
+        """Loads what fits, and drops idle models for what would."""
+        total = free + self._coming()  # once everything that is being dropped is gone
+        idle = sorted((m for m in self.models.values() if m.evictable), key=lambda model: model.used_at)
+        for model in wanted:
+            need = model.terms.memory
+            if need > self._most_for():
+                self._refuse(model, self._too_big(model))
+                continue
+            if need <= free:
+                self._become(model, Phase.LOADING)
+                self._effects.begin_load(model.name)
+                free, total = free - need, total - need
+                continue
+            victims: list[Model] = []
+            room = total
+            while room < need and len(victims) < len(idle):
+                victims.append(idle[len(victims)])
+                room += victims[-1].terms.memory
+            going = self._coming() + sum(victim.terms.memory for victim in victims)
+            if self.held() == going + self._pinned():
+                room = max(room, self._most_for())  # nothing else is left that could go
+            if room >= need:
+                for victim in victims:
+                    self.evictions += 1
+                    self._give_up(victim)
+                del idle[: len(victims)]
+                total = room - need  # what comes free is spoken for
+                free = min(free, total)
+            elif self._overdue(model, now):
+                break
+
+    def _give_up(self, model: Model) -> None:
+        """Drops a model, or ends its load."""
+        loading = model.phase is Phase.LOADING
+        self._become(model, Phase.UNLOADING)
+        (self._effects.cancel_load if loading else self._effects.begin_unload)(model.name)
+
+    def _refuse(self, model: Model, error: RouterError) -> None:
+        for ticket in [*model.line.order(), *(ticket for ticket in model.holds if not ticket.running)]:
+            model.line.leave(ticket)
+            model.holds.pop(ticket, None)
+            ticket.refused = error
+            self._effects.tell(ticket)
+
+    def _become(self, model: Model, phase: Phase) -> None:
+        model.phase, model.yields = phase, False
+        model.moved = True
+
+    def _tell_positions(self, model: Model) -> None:
+        model.moved = False
+        loading = model.phase is Phase.LOADING
+        waiting = [*model.line.order(), *(ticket for ticket in model.holds if not ticket.running)]
+        for ahead, ticket in enumerate(waiting):
+            if (ticket.ahead, ticket.loading) != (ahead, loading):
+                ticket.ahead, ticket.loading = ahead, loading
+                self._effects.tell(ticket)
+
+    # How it is reckoned
+
+    def _known(self, name: str, terms: Terms) -> Model:
+        model = self.models.get(name)
+        if model is None:
+            model = self.models[name] = Model(name, terms, Phase.COLD if terms.loads else Phase.READY)
+        elif model.phase is Phase.COLD:
+            model.terms = terms
+        return model
+
+    def _running_in_lane(self, model: Model) -> int:
+        lane = model.terms.lane
+        if not lane:
+            return len(model.running)
+        return sum(len(other.running) for other in self.models.values() if other.terms.lane == lane)
+
+    def _overdue(self, model: Model, now: float) -> bool:
+        return any(now >= ticket.arrived + self.rules.patience[ticket.priority] for ticket in model.waiters())
+
+    def _urgency(self, model: Model, now: float) -> tuple[bool, int, float]:
+        """Smaller is more urgent."""
+        patience = self.rules.patience
+        return min(
+            (False, 0, ticket.arrived)
+            if now >= ticket.arrived + patience[ticket.priority]
+            else (True, ticket.priority.value, ticket.arrived)
+            for ticket in model.waiters()
+        )
+
+    def _free(self) -> float:
+        """Bytes that a load may take now. What the system measures counts where it is more than was reckoned with."""
+        if self.rules.budget is None:
+            return math.inf
+        held = self.held()
+        # With nothing in memory something must be able to load, whatever the process itself takes.
+        return self.rules.budget - (max(held, self._effects.footprint()) if held else 0)
+
+    def _coming(self) -> int:
+        return sum(model.terms.memory for model in self.models.values() if model.phase is Phase.UNLOADING)
+
+    def _pinned(self) -> int:
+        """Bytes of what will stay."""
+        models = (model for model in self.models.values() if model.terms.pinned)
+        return sum(model.terms.memory for model in models if model.phase in (Phase.LOADING, Phase.READY))
+
+    def _most_for(self) -> float:
+        """Bytes that a model could have with everything gone that can go."""
+        if self.rules.budget is None:
+            return math.inf
+        pinned = self._pinned()
+        return self.rules.budget - (pinned + max(0, self._effects.footprint() - self.held()) if pinned else 0)
+
+    def _full(self, model: Model) -> RouterError:
+        queued = len(model.line)
+        return RouterError(
+            ErrorReason.QUEUE_FULL,
+            f"{queued} requests wait for this model already",
+            metadata={"queued": str(queued), "max_queued": str(model.terms.max_waiting)},
+            retry_after=min(max(model.stay / model.terms.places, MIN_RETRY_AFTER), MAX_RETRY_AFTER),
+        )
+
+    def _too_big(self, model: Model) -> RouterError:
+        need, most = model.terms.memory, max(0, int(self._most_for()))
+        return RouterError(
+            ErrorReason.MEMORY_BUDGET,
+            f"the model takes {need / 2**30:.2f} GiB of memory and can have {most / 2**30:.2f} GiB",
+            metadata={"memory_bytes": str(need), "available_bytes": str(most)},
+        )

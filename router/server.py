@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import signal
@@ -24,6 +25,7 @@ from router.backends.ollama import OllamaBackend
 from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ErrorReason, ModelFormat, RouterError
+from router.lifecycle import Lifecycle
 from router.refresh import Reader, Refreshed, refresh
 from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
@@ -74,6 +76,7 @@ class RouterServer:
         catalog: the configured models.
         backends: by the names that the settings give them; the server starts and closes them.
         reader: reads the settings again; None: nothing ever changes.
+        lifecycle: that the backends share; the server closes it.
     """
 
     def __init__(
@@ -82,10 +85,13 @@ class RouterServer:
         catalog: Catalog,
         backends: Mapping[str, Backend],
         reader: Reader | None = None,
+        lifecycle: Lifecycle | None = None,
     ) -> None:
         self._settings = settings
         self._dispatcher = Dispatcher(catalog, backends)
         self._reader = reader
+        self._lifecycle = lifecycle
+        self._preloads: set[asyncio.Task[None]] = set()
         self._refreshing = asyncio.Lock()
         self._health = health.aio.HealthServicer()
         self._calls = Calls(settings.default_deadline)
@@ -122,6 +128,20 @@ class RouterServer:
         await self._server.start()
         for name in SERVICE_NAMES:
             await self._health.set(name, SERVING)
+        for entry in self._dispatcher.catalog.entries:
+            if entry.settings.preload:
+                task = asyncio.create_task(self._preload(entry.name), name=f"preload {entry.name}")
+                self._preloads.add(task)
+                task.add_done_callback(self._preloads.discard)
+
+    async def _preload(self, name: str) -> None:
+        try:
+            entry, _, backend = await self._dispatcher.find(name)
+            async with contextlib.aclosing(backend.preload(entry)) as steps:
+                async for _ in steps:
+                    pass
+        except RouterError as error:
+            logger.warning("%s could not be preloaded: %s", name, error)
 
     async def _start_backend(self, backend: Backend) -> None:
         backend.on_status_change(self._status_changed)
@@ -178,24 +198,28 @@ class RouterServer:
         # gRPC's own cut comes a little later, so that the typed status of `interrupt` gets out first.
         await self._server.stop(grace + 1.0)
         interrupt.cancel()
+        for task in self._preloads:
+            task.cancel()
         async with self._refreshing:  # it may be starting another one
             for backend in self._dispatcher.backends.values():
                 await backend.close()
+        if self._lifecycle is not None:
+            await self._lifecycle.close()
 
 
-def build_backends(settings: Settings, catalog: Catalog) -> dict[str, Backend]:
+def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle) -> dict[str, Backend]:
     """The configured backends by name; the MLX engine only where there is a checkpoint for it."""
     has_checkpoint = any(entry.facts.format is ModelFormat.CHECKPOINT for entry in catalog.entries)
     backends: dict[str, Backend] = {}
     for name, backend in settings.backends.items():
         if isinstance(backend, LlamaCppSettings):
-            backends[name] = LlamaCppBackend(name, backend)
+            backends[name] = LlamaCppBackend(name, backend, lifecycle)
         elif isinstance(backend, OllamaSettings):
-            backends[name] = OllamaBackend(name, backend)
+            backends[name] = OllamaBackend(name, backend, lifecycle)
         elif isinstance(backend, LlamaServerSettings):
-            backends[name] = LlamaServerBackend(name, backend)
+            backends[name] = LlamaServerBackend(name, backend, lifecycle)
         elif has_checkpoint:
-            backends[name] = MlxBackend(name, backend)
+            backends[name] = MlxBackend(name, backend, lifecycle)
     return backends
 
 
@@ -207,8 +231,10 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
     """
     pulled = data_home() / "models"
     catalog = await read_catalog(settings, pulled)
-    reader = Reader(settings, load, pulled, build_backends)
-    server = RouterServer(settings.server, catalog, build_backends(settings, catalog), reader)
+    lifecycle = Lifecycle(settings.scheduler)
+    build = functools.partial(build_backends, lifecycle=lifecycle)
+    reader = Reader(settings, load, pulled, build)
+    server = RouterServer(settings.server, catalog, build(settings, catalog), reader, lifecycle)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

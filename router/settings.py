@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import platformdirs
+import psutil
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     SecretStr,
@@ -230,6 +232,23 @@ class DiscoverySettings(_Table):
     ollama: bool = Field(False, description="serve every model that the configured Ollama servers have, by its tag")
 
 
+class SchedulerSettings(_Table):
+    """`[scheduler]`: which models are in memory, and who waits."""
+
+    memory_budget: ByteSize | None = Field(
+        default_factory=lambda: ByteSize(psutil.virtual_memory().total * 7 // 10),
+        description="memory for all models that the router loads, such as 24GiB; unset: 70 % of the machine's",
+    )
+    keep_alive: float | None = Field(
+        None, ge=0.0, description="seconds that an idle model stays loaded; unset: until its memory is needed"
+    )
+    interactive_patience: float = Field(
+        10.0, ge=0.0, description="seconds that an INTERACTIVE request waits before busy models make room for its own"
+    )
+    batch_patience: float = Field(60.0, ge=0.0, description="the same for a BATCH request")
+    turn: float = Field(10.0, ge=0.0, description="seconds that a model serves before it has to make room")
+
+
 BackendSettings = Annotated[
     LlamaCppSettings | MlxSettings | OllamaSettings | LlamaServerSettings, Field(discriminator="kind")
 ]
@@ -267,6 +286,11 @@ class ModelSettings(_Table):
     )
     speculation: Literal["auto", "off"] = Field("auto", description="draft with the checkpoint's head where it has one")
     draft_depth: int = Field(3, ge=1, le=16, description="tokens drafted a round where a request does not say")
+    keep_alive: float | None = Field(
+        None, ge=0.0, description="seconds that it stays loaded while idle, instead of scheduler.keep_alive"
+    )
+    pin: bool = Field(False, description="once loaded it stays, however much its memory is needed")
+    preload: bool = Field(False, description="load it when the server starts")
     sampling: SamplingSettings = SamplingSettings()
 
     @model_validator(mode="after")
@@ -276,6 +300,8 @@ class ModelSettings(_Table):
             raise ValueError("needs one of path, ollama or llama_server")
         if self.path is None and (self.gguf is not None or self.head_path is not None):
             raise ValueError("gguf and head_path go with a path")
+        if self.path is None and (self.keep_alive is not None or self.pin):
+            raise ValueError("keep_alive and pin go with a path: another server keeps this model as it is told there")
         return self
 
     @property
@@ -294,6 +320,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     sampling: SamplingSettings = SamplingSettings()
     discovery: DiscoverySettings = DiscoverySettings()
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
     backends: dict[BackendName, BackendSettings] = Field(default_factory=dict, validate_default=True)
     models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -30,12 +31,12 @@ from router.domain import (
     MessagesPrompt,
     ModelState,
     Offer,
-    Queued,
     RouterError,
     TokenCount,
     TokensPrompt,
 )
-from router.scheduler import Admission, Ticket
+from router.lifecycle import Lifecycle, Seat
+from router.line import Ticket
 from router.settings import LlamaCppSettings
 
 # Failures after which the child is looked at: it may have ended or hang.
@@ -45,10 +46,10 @@ MAX_COUNTING = 2  # requests to count tokens that a child gets at once
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model that has been asked for: its process and its line."""
+    """A model that has been asked for: its process, and its seat with the scheduler."""
 
     runner: ModelRunner
-    admission: Admission
+    seat: Seat
 
 
 class LlamaCppBackend:
@@ -57,6 +58,7 @@ class LlamaCppBackend:
     Args:
         name: as in the settings.
         settings: `[backends.NAME]`.
+        lifecycle: has models loaded and dropped; shared with the other backends.
     """
 
     kind = BackendKind.LLAMA_CPP
@@ -75,10 +77,11 @@ class LlamaCppBackend:
         }
     )
 
-    def __init__(self, name: str, settings: LlamaCppSettings) -> None:
+    def __init__(self, name: str, settings: LlamaCppSettings, lifecycle: Lifecycle | None = None) -> None:
         self.name = name
         self._settings = settings
         self.parallel = settings.parallel
+        self._lifecycle = lifecycle or Lifecycle()
         self._models: dict[str, _Model] = {}
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._restarts = 0  # of models that were dropped since
@@ -103,6 +106,7 @@ class LlamaCppBackend:
         """DOWN while a model's process has ended and is being restarted, and no other model is loaded."""
         runners = {name: model.runner for name, model in self._models.items()}
         loaded = tuple(name for name, runner in runners.items() if runner.state is ModelState.READY)
+        counts = [self._lifecycle.counts(model.seat.key) for model in self._models.values()]
         restarting = (runner for runner in runners.values() if runner.restarting)
         down = None if loaded else next(restarting, None)
         return BackendStatus(
@@ -111,8 +115,8 @@ class LlamaCppBackend:
             BackendState.DOWN if down or not engine_version() else BackendState.READY,
             version=engine_version(),
             error=down.error if down else None,
-            active_requests=sum(model.admission.active for model in self._models.values()),
-            queued_requests=sum(model.admission.queued for model in self._models.values()),
+            active_requests=sum(running for running, _ in counts),
+            queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=loaded,
             restarts=self._restarts + sum(runner.restarts for runner in runners.values()),
             retry_after=down.retry_after if down else None,
@@ -149,7 +153,7 @@ class LlamaCppBackend:
         served = self._serve(model)
         source = DraftSource.NONE if self.drafting(model) is None else DraftSource.MTP_HEAD
         answer = Answer(request, _seed(request), source)
-        ticket = served.admission.enter(request.priority)
+        ticket = self._lifecycle.enter(served.seat, request.priority)
         try:
             async with contextlib.aclosing(self._answer(served, ticket, answer, patience)) as events:
                 async for event in events:
@@ -158,11 +162,11 @@ class LlamaCppBackend:
             for event in answer.cut():
                 yield event
         finally:
-            served.admission.leave(ticket)
+            self._lifecycle.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Counts by llama.cpp's own template and tokenizer, few requests at a time: a long text takes much memory."""
-        async with self._counting:
+        async with self._counting, self._lifecycle.held(self._serve(model).seat):
             return await self._count(model, request)
 
     async def _count(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
@@ -183,36 +187,41 @@ class LlamaCppBackend:
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model; llama.cpp does not tell how far it is."""
-        if self._serve(model).runner.state is not ModelState.READY:
-            yield Loading()
-            await self._serve(model).runner.ready()  # the model may have been dropped meanwhile
+        served = self._serve(model)
+        async with contextlib.aclosing(self._lifecycle.preload(served.seat)) as steps:
+            async for step in steps:
+                yield step
+        await self._serve(model).runner.ready()  # it may just be restarting
 
     async def unload(self, model: ModelEntry, *, force: bool) -> None:
         """Ends the model's child."""
         served = self._models.get(model.name)
         if served is None:
             return
-        in_use = served.admission.active + served.admission.queued
-        if in_use and not force:
-            raise RouterError(
-                ErrorReason.CAPABILITY_UNAVAILABLE,
-                f"{in_use} requests use model {model.name!r}",
-                metadata={"model": model.name, "requests": str(in_use)},
-            )
-        await served.runner.unload()
-        in_use = served.admission.active + served.admission.queued
-        if not in_use and served.runner.state is ModelState.COLD and self._models.get(model.name) is served:
-            del self._models[model.name]  # the next load starts from the model as it is configured then
+        await self._lifecycle.unload(served.seat.key, model.name, force=force)
+        if served.runner.state is not ModelState.READY:
+            await served.runner.unload()  # it has failed, or restarts: nothing of that is left
+        self._forget(model.name)
+
+    async def _unload(self, name: str) -> None:
+        await self._models[name].runner.unload()
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """The next load starts from the model as it is configured then."""
+        served = self._models.get(name)
+        if served is None or served.runner.state is not ModelState.COLD:
+            return
+        if self._lifecycle.counts(served.seat.key) == (0, 0):
+            del self._models[name]
             self._restarts += served.runner.restarts
 
     async def _answer(
         self, served: _Model, ticket: Ticket, answer: Answer, patience: Patience
     ) -> AsyncGenerator[Event, None]:
-        while not ticket.running:
-            yield Queued(ticket.ahead)
-            async with patience.for_work():
-                await ticket.changed.wait()
-            ticket.changed.clear()
+        async with contextlib.aclosing(self._lifecycle.wait(ticket, patience.deadline)) as steps:
+            async for step in steps:
+                yield step
         if served.runner.state is not ModelState.READY:
             yield Loading()
         async with patience.for_work():
@@ -235,7 +244,13 @@ class LlamaCppBackend:
             raise RouterError(ErrorReason.DRAINING, "the router is shutting down", retry_after=1.0)
         if model.name not in self._models:
             runner = ModelRunner(self._child_config(model), self._settings, self._client, self._tell)
-            self._models[model.name] = _Model(runner, Admission(self._settings.parallel, self._settings.max_queued))
+            terms = self._lifecycle.terms(model, self._settings.parallel, self._settings.max_queued)
+
+            async def load() -> None:
+                await runner.ready()
+
+            seat = Seat(f"{self.name}/{model.name}", terms, load, functools.partial(self._unload, model.name))
+            self._models[model.name] = _Model(runner, seat)
         return self._models[model.name]
 
     def _child_config(self, model: ModelEntry) -> ChildConfig:

@@ -32,12 +32,13 @@ from router.domain import (
     ModelFormat,
     ModelState,
     Offer,
-    Queued,
     RouterError,
     TokenCount,
 )
 from router.facts import THINKING_SWITCH, reasoning_fact
-from router.scheduler import Admission, Ticket
+from router.lifecycle import Lifecycle, Seat, nothing
+from router.line import Ticket
+from router.scheduler import Terms
 from router.settings import LlamaServerSettings
 
 MAX_TEXT = 200  # characters of a name, in messages
@@ -61,6 +62,7 @@ class LlamaServerBackend:
     Args:
         name: as in the settings.
         settings: `[backends.NAME]`.
+        lifecycle: lines requests up; shared with the other backends.
     """
 
     kind = BackendKind.LLAMA_CPP
@@ -79,8 +81,10 @@ class LlamaServerBackend:
         }
     )
 
-    def __init__(self, name: str, settings: LlamaServerSettings) -> None:
+    def __init__(self, name: str, settings: LlamaServerSettings, lifecycle: Lifecycle | None = None) -> None:
         self.name = name
+        self._lifecycle = lifecycle or Lifecycle()
+        self._seat = Seat(name, Terms(settings.parallel, settings.max_queued, loads=False), nothing, nothing)
         self._settings = settings
         self.parallel = settings.parallel
         socket = settings.url.removeprefix("unix:") if settings.url.startswith("unix:") else None
@@ -88,7 +92,6 @@ class LlamaServerBackend:
         self._server = Server("http://localhost" if socket else settings.url, key)
         self._client = new_client(connect_timeout=settings.connect_timeout, verify=True, socket=socket)
         self._watch = Watch(f"llama-server at {settings.url}", self._look, settings.check_interval, self._tell)
-        self._line = Admission(settings.parallel, settings.max_queued)
         self._counting = asyncio.Semaphore(MAX_COUNTING)
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._served: str | None = None  # name of the configured model that it was last seen to serve
@@ -113,6 +116,7 @@ class LlamaServerBackend:
     def status(self) -> BackendStatus:
         """As the last look found the server."""
         watch = self._watch
+        running, waiting = self._lifecycle.counts(self._seat.key)
         up = watch.state is BackendState.READY and self._served is not None
         return BackendStatus(
             self.name,
@@ -120,8 +124,8 @@ class LlamaServerBackend:
             watch.state,
             version=self._build,
             error=watch.error,
-            active_requests=self._line.active,
-            queued_requests=self._line.queued,
+            active_requests=running,
+            queued_requests=waiting,
             loaded_models=(self._served,) if up and self._served else (),
             retry_after=watch.retry_after,
         )
@@ -161,7 +165,7 @@ class LlamaServerBackend:
         patience = Patience(settings.first_token_timeout, settings.token_timeout, deadline, "llama.cpp")
         answer = Answer(request, _seed(request), DraftSource.UNKNOWN)
         answer.fingerprint = f"llama-server={self._build} model={model.settings.kept_as}"
-        ticket = self._line.enter(request.priority)
+        ticket = self._lifecycle.enter(self._seat, request.priority)
         try:
             async with contextlib.aclosing(self._answer(ticket, answer, patience)) as events:
                 async for event in events:
@@ -174,7 +178,7 @@ class LlamaServerBackend:
                 self._watch.suspect()
             raise
         finally:
-            self._line.leave(ticket)
+            self._lifecycle.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Counts by the server's own template and tokenizer."""
@@ -196,11 +200,9 @@ class LlamaServerBackend:
         )
 
     async def _answer(self, ticket: Ticket, answer: Answer, patience: Patience) -> AsyncGenerator[Event, None]:
-        while not ticket.running:
-            yield Queued(ticket.ahead)
-            async with patience.for_work():
-                await ticket.changed.wait()
-            ticket.changed.clear()
+        async with contextlib.aclosing(self._lifecycle.wait(ticket, patience.deadline)) as steps:
+            async for step in steps:
+                yield step
         path, body = generation_body(answer.request, answer.seed, self._limits)
         events = stream_answer(self._client, self._server, path, body, answer, patience)
         async with contextlib.aclosing(events):

@@ -13,6 +13,7 @@ from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
 from router.backends.mlx_answer import Answer, generate_params, router_error, template_message
 from router.backends.mlx_models import Resident, Residents
+from router.backends.patience import TimeIsUpError
 from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
 from router.domain import (
@@ -31,7 +32,6 @@ from router.domain import (
     MessagesPrompt,
     ModelState,
     Offer,
-    Queued,
     ReasoningMode,
     RouterError,
     SpeculationMode,
@@ -41,10 +41,14 @@ from router.domain import (
     Usage,
 )
 from router.facts import THINKING_SWITCH
-from router.scheduler import Admission, Ticket
+from router.lifecycle import Lifecycle, Seat
+from router.line import Ticket
+from router.scheduler import Phase
 from router.settings import MlxSettings, data_home
 
 logger = logging.getLogger(__name__)
+
+FIRST_RESTART, LAST_RESTART = 1.0, 60.0  # seconds until an engine that has failed is started again
 
 
 class MlxBackend:
@@ -53,23 +57,35 @@ class MlxBackend:
     Args:
         name: as in the settings.
         settings: `[backends.NAME]`.
+        lifecycle: has models loaded and dropped; shared with the other backends.
     """
 
     kind = BackendKind.MLX
     fields = frozenset({"stop.token_ids", "stop.ignore_end_of_generation", "reasoning.mode"})
 
-    def __init__(self, name: str, settings: MlxSettings) -> None:
+    def __init__(self, name: str, settings: MlxSettings, lifecycle: Lifecycle | None = None) -> None:
         self.name = name
         self._settings = settings
         self.parallel = settings.parallel
+        self._lifecycle = lifecycle or Lifecycle()
         self._engine: Engine | None = None
         self._offer = Offer(self.kind, "the engine has not started")
         self._models = Residents(settings)
-        self._admission = Admission(settings.parallel, settings.max_queued)
         self._listeners: list[Callable[[BackendStatus], None]] = []
+        self._closed = False
+        self._restarts = 0
+        self._failures = 0  # ends of the engine since an answer was given
+        self._restarting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the engine's thread, where this machine should use it."""
+        if not await self._start_engine():
+            return
+        self._offer = self._assess(await asyncio.to_thread(accelerator))
+        if self._offer.refusal:
+            await self.close()
+
+    async def _start_engine(self) -> bool:
         options = EngineOptions(
             interpose_blas=self._settings.openblas,
             max_streams=self._settings.parallel,
@@ -80,17 +96,16 @@ class MlxBackend:
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
-            loop.call_soon_threadsafe(self._engine_ended)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(self._engine_ended)
 
         try:
             self._engine = await asyncio.to_thread(Engine, options, ended)
         except EngineError as error:
             logger.error("the MLX engine did not start: %s", error)
             self._offer = Offer(self.kind, "the MLX engine did not start; see the server's log")
-            return
-        self._offer = self._assess(await asyncio.to_thread(accelerator))
-        if self._offer.refusal:
-            await self.close()
+            return False
+        return True
 
     def _assess(self, device: str | None) -> Offer:
         if device is not None:
@@ -101,17 +116,40 @@ class MlxBackend:
 
     async def close(self) -> None:
         """Ends every stream and the engine's thread."""
+        self._closed = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.to_thread(engine.close)
 
     def _engine_ended(self) -> None:
-        """The engine's thread is gone: nothing more is routed here, and health says so."""
-        if self._engine is None:  # closed on purpose
+        """The engine's thread is gone: health says so, nothing is routed here, and another is started in a while."""
+        if self._closed or self._restarting is not None:
             return
-        logger.critical("the MLX engine's thread has ended; no checkpoint can be served until a restart")
-        self._offer = Offer(self.kind, "the MLX engine has failed; see the server's log", failed=True)
+        self._restarting = asyncio.create_task(self._restart(self._offer), name="restart the MLX engine")
+        self._engine = None
+        self._offer = Offer(self.kind, "the MLX engine has failed and is being restarted", failed=True)
+        names = self._models.names
         self._models.forget()
+        for name in names:
+            self._lifecycle.lost(self._key(name))
+        self._tell()
+
+    async def _restart(self, offer: Offer) -> None:
+        """Starts an engine anew, more slowly each time that it failed without an answer."""
+        self._failures += 1
+        delay = min(FIRST_RESTART * 2.0 ** min(self._failures - 1, 10), LAST_RESTART)
+        logger.critical("the MLX engine's thread has ended; it starts again in %g s", delay)
+        await asyncio.sleep(delay)
+        if await self._start_engine():
+            self._restarts += 1
+            self._offer = offer
+        self._restarting = None
+        self._tell()
+
+    def _tell(self) -> None:
         for listener in self._listeners:
             listener(self.status())
 
@@ -122,24 +160,30 @@ class MlxBackend:
     def status(self) -> BackendStatus:
         """DOWN where the engine did not start, should not be used here, or has failed."""
         refusal = self._offer.refusal
+        counts = [self._lifecycle.counts(self._key(name)) for name in self._models.names]
         return BackendStatus(
             self.name,
             self.kind,
             BackendState.DOWN if refusal else BackendState.READY,
             version=f"MLX {version('mlx')}",
             error=RouterError(ErrorReason.BACKEND_UNAVAILABLE, refusal) if refusal else None,
-            active_requests=self._admission.active,
-            queued_requests=self._admission.queued,
+            active_requests=sum(running for running, _ in counts),
+            queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=self._models.loaded,
+            restarts=self._restarts,
+            retry_after=FIRST_RESTART if self._restarting is not None else None,
         )
 
     def on_status_change(self, listener: Callable[[BackendStatus], None]) -> None:
-        """Calls `listener` where the engine fails."""
+        """Calls `listener` where the engine fails, and where it is back."""
         self._listeners.append(listener)
 
     def model_state(self, model: ModelEntry) -> ModelState:
         """Whether it is loaded."""
-        return self._models.state(model)
+        phase = self._lifecycle.phase(self._key(model.name))
+        if phase is Phase.COLD and self._models.resident(model).error is not None:
+            return ModelState.FAILED
+        return ModelState[phase.name]
 
     def drafting(self, model: ModelEntry) -> Drafting | None:
         """At any depth, request by request, where the checkpoint has a head."""
@@ -154,16 +198,16 @@ class MlxBackend:
         """Answers one request (see `Backend.generate`)."""
         budget = request.time_budget
         deadline = None if budget is None else asyncio.get_running_loop().time() + budget
-        ticket = self._admission.enter(request.priority)
+        ticket = self._lifecycle.enter(self._seat(model), request.priority)
         try:
             async with contextlib.aclosing(self._answer(model, request, ticket, deadline)) as events:
                 async for event in events:
                     yield event
-        except TimeoutError:  # the budget ran out before the engine had the request
+        except (TimeoutError, TimeIsUpError):  # the budget ran out before the engine had the request
             yield Started()
             yield Finished(FinishReason.TIME_LIMIT, Usage(0, 0))
         finally:
-            self._admission.leave(ticket)
+            self._lifecycle.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Counts with the checkpoint's own tokenizer; loads no weights."""
@@ -172,25 +216,41 @@ class MlxBackend:
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model, slice by slice."""
-        async for progress in self._models.load(self._running(), model, None):
-            yield progress
+        self._running()
+        async with contextlib.aclosing(self._lifecycle.preload(self._seat(model))) as steps:
+            async for step in steps:
+                yield step
 
     async def unload(self, model: ModelEntry, *, force: bool) -> None:
         """Drops the model; with `force`, ends its streams first."""
-        if self._engine is not None:
-            await self._models.unload(self._engine, model, force=force)
+        await self._lifecycle.unload(self._key(model.name), model.name, force=force)
+        if self._lifecycle.phase(self._key(model.name)) is Phase.COLD:
+            self._models.reread(model)
+
+    def _key(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def _seat(self, model: ModelEntry) -> Seat:
+        """Models share the engine, and its places."""
+        known = self._models.resident(model)
+
+        async def load() -> None:
+            await self._models.load(self._running(), model)
+
+        async def unload() -> None:
+            if self._engine is not None:
+                await self._models.unload(self._engine, model)
+
+        terms = self._lifecycle.terms(model, self._settings.parallel, self._settings.max_queued, self.name)
+        return Seat(self._key(model.name), terms, load, unload, lambda: known.fraction)
 
     async def _answer(
         self, model: ModelEntry, request: GenerationRequest, ticket: Ticket, deadline: float | None
     ) -> AsyncGenerator[Event, None]:
-        while not ticket.running:
-            yield Queued(ticket.ahead)
-            async with asyncio.timeout_at(deadline):
-                await ticket.changed.wait()
-            ticket.changed.clear()
-        async with contextlib.aclosing(self._models.load(self._running(), model, deadline)) as loading:
-            async for progress in loading:
-                yield progress
+        self._running()
+        async with contextlib.aclosing(self._lifecycle.wait(ticket, deadline)) as steps:
+            async for step in steps:
+                yield step
         async with asyncio.timeout_at(deadline):
             prompt, splitter = await self._prompt(model, request)
         known = self._models.resident(model)
@@ -227,7 +287,12 @@ class MlxBackend:
                             yield Started(prompt_tokens=len(params.prompt))
                         yield translated
                         if isinstance(translated, Finished):
+                            self._failures = 0
                             return
+        except RouterError as error:
+            if error.reason is ErrorReason.DRAINING and not self._closed:
+                raise _engine_failed(params.model, started) from None
+            raise
         finally:
             stream.cancel()
             known.streams.discard(stream)
@@ -252,7 +317,9 @@ class MlxBackend:
 
     def _running(self) -> Engine:
         if self._engine is None:
-            raise RouterError(ErrorReason.BACKEND_UNAVAILABLE, "the MLX engine is not running", retry_after=1.0)
+            raise RouterError(
+                ErrorReason.BACKEND_UNAVAILABLE, "the MLX engine is not running", retry_after=FIRST_RESTART
+            )
         return self._engine
 
     def _require_head(self, model: ModelEntry, known: Resident, request: GenerationRequest) -> None:
@@ -263,6 +330,15 @@ class MlxBackend:
                 f"model {model.name!r}: its head could not be used when it was loaded; see the server's log",
                 metadata={"model": model.name, "capability": Capability.MTP.name},
             )
+
+
+def _engine_failed(model: str, started: bool) -> RouterError:
+    """The error for a request that the engine took along when it ended."""
+    if started:
+        message = f"the MLX engine failed in the middle of the answer of model {model!r}"
+        return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={"model": model})
+    message = f"the MLX engine failed before the first token of model {model!r}"
+    return RouterError(ErrorReason.BACKEND_UNAVAILABLE, message, metadata={"model": model}, retry_after=FIRST_RESTART)
 
 
 def _fitting_context(model: ModelEntry, known: Resident, prompt_tokens: int) -> int:

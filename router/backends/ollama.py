@@ -31,11 +31,12 @@ from router.domain import (
     MessagesPrompt,
     ModelState,
     Offer,
-    Queued,
     RouterError,
     TokenCount,
 )
-from router.scheduler import Admission, Ticket
+from router.lifecycle import Lifecycle, Seat, nothing
+from router.line import Ticket
+from router.scheduler import Terms
 from router.settings import OllamaSettings
 
 UNTOLD_TTL = 60.0  # seconds that what a model shows is believed where its digest is not known
@@ -57,6 +58,7 @@ class OllamaBackend:
     Args:
         name: as in the settings.
         settings: `[backends.NAME]`.
+        lifecycle: lines requests up; shared with the other backends.
     """
 
     kind = BackendKind.OLLAMA
@@ -73,14 +75,15 @@ class OllamaBackend:
         }
     )
 
-    def __init__(self, name: str, settings: OllamaSettings) -> None:
+    def __init__(self, name: str, settings: OllamaSettings, lifecycle: Lifecycle | None = None) -> None:
         self.name = name
+        self._lifecycle = lifecycle or Lifecycle()
         self._settings = settings
         self.parallel = settings.parallel
         self._client = new_client(settings)
         self._watch = OllamaWatch(settings, self._tell)
         self._listeners: list[Callable[[BackendStatus], None]] = []
-        self._admissions: dict[str, Admission] = {}
+        self._seats: dict[str, Seat] = {}
         self._tags: dict[str, str] = {}
         self._shown: dict[str, _Shown] = {}
         self._busy: dict[str, int] = {}  # loads in progress by tag
@@ -103,14 +106,15 @@ class OllamaBackend:
     def status(self) -> BackendStatus:
         """As the last look found the server."""
         watch = self._watch
+        counts = [self._lifecycle.counts(seat.key) for seat in self._seats.values()]
         return BackendStatus(
             self.name,
             self.kind,
             watch.state,
             version=watch.version,
             error=watch.error,
-            active_requests=sum(line.active for line in self._admissions.values()),
-            queued_requests=sum(line.queued for line in self._admissions.values()),
+            active_requests=sum(running for running, _ in counts),
+            queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=tuple(name for name, tag in self._tags.items() if tag in watch.loaded),
             retry_after=watch.retry_after,
         )
@@ -153,8 +157,7 @@ class OllamaBackend:
             own_stops=own_stops(await self._show(model)),
             draft_depth=_draft_depth(model),
         )
-        line = self._line(model)
-        ticket = line.enter(request.priority)
+        ticket = self._lifecycle.enter(self._seat(model), request.priority)
         try:
             async with contextlib.aclosing(self._answer(model, body, ticket, answer, patience)) as events:
                 async for event in events:
@@ -167,7 +170,7 @@ class OllamaBackend:
                 self._watch.suspect()
             raise
         finally:
-            line.leave(ticket)
+            self._lifecycle.leave(ticket)
 
     async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
         """Ollama has no such call."""
@@ -199,8 +202,7 @@ class OllamaBackend:
 
     async def unload(self, model: ModelEntry, *, force: bool) -> None:
         """Has the server drop the model; it ends running answers itself, and others than ours too."""
-        line = self._line(model)
-        if (in_use := line.active + line.queued) and not force:
+        if (in_use := sum(self._lifecycle.counts(self._seat(model).key))) and not force:
             raise RouterError(
                 ErrorReason.CAPABILITY_UNAVAILABLE,
                 f"{in_use} requests use model {model.name!r}",
@@ -214,11 +216,9 @@ class OllamaBackend:
     async def _answer(
         self, model: ModelEntry, body: dict[str, Any], ticket: Ticket, answer: Answer, patience: Patience
     ) -> AsyncGenerator[Event, None]:
-        while not ticket.running:
-            yield Queued(ticket.ahead)
-            async with patience.for_work():
-                await ticket.changed.wait()
-            ticket.changed.clear()
+        async with contextlib.aclosing(self._lifecycle.wait(ticket, patience.deadline)) as steps:
+            async for step in steps:
+                yield step
         tag = self._tag(model)
         answer.fingerprint = self._fingerprint(tag)
         if self.model_state(model) is not ModelState.READY:
@@ -265,10 +265,11 @@ class OllamaBackend:
         self._shown[tag] = _Shown(response, seen, now + UNTOLD_TTL)
         return response
 
-    def _line(self, model: ModelEntry) -> Admission:
-        if model.name not in self._admissions:
-            self._admissions[model.name] = Admission(self._settings.parallel, self._settings.max_queued)
-        return self._admissions[model.name]
+    def _seat(self, model: ModelEntry) -> Seat:
+        if model.name not in self._seats:
+            terms = Terms(self._settings.parallel, self._settings.max_queued, loads=False)
+            self._seats[model.name] = Seat(f"{self.name}/{model.name}", terms, nothing, nothing)
+        return self._seats[model.name]
 
     @contextlib.contextmanager
     def _loading(self, model: ModelEntry) -> Any:
