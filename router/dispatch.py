@@ -28,6 +28,7 @@ from router.domain import (
     TokenCount,
 )
 from router.policy import check_request, choose_route
+from router.resilience import Resilience
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,17 @@ class Dispatcher:
         catalog: the configured models.
         backends: by the names that the settings give them.
         now: monotonic clock in seconds.
+        resilience: stands between requests and backends that fail.
     """
 
     def __init__(
-        self, catalog: Catalog, backends: Mapping[str, Backend], now: Callable[[], float] = time.monotonic
+        self,
+        catalog: Catalog,
+        backends: Mapping[str, Backend],
+        now: Callable[[], float] = time.monotonic,
+        resilience: Resilience | None = None,
     ) -> None:
+        self._resilience = resilience or Resilience()
         self.catalog = catalog
         self.backends = dict(backends)
         self._now = now
@@ -211,7 +218,7 @@ class Dispatcher:
         while True:
             started = False
             try:
-                async with aclosing(plan.backend.generate(plan.entry, plan.request)) as events:
+                async with aclosing(self._resilience.generate(plan.backend, plan.entry, plan.request)) as events:
                     async for event in events:
                         started |= isinstance(event, Started)
                         yield event

@@ -87,7 +87,7 @@ class Reader:
             for name in sorted(self._backends.keys() | settings.backends.keys())
             if self._backends.get(name) != settings.backends.get(name)
         ]
-        tables = ("server", "scheduler")
+        tables = ("server", "scheduler", "resilience")
         outdated += [table for table in tables if getattr(settings, table) != getattr(self._started, table)]
         backends = self._build(settings.model_copy(update={"backends": new}), catalog)
         return Reading(catalog, backends, tuple(outdated))

@@ -26,12 +26,22 @@ from router.catalog import Catalog, read_catalog
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ErrorReason, ModelFormat, RouterError
 from router.lifecycle import Lifecycle
+from router.metrics import Gauge, Metrics, MetricsServer, gauges
 from router.refresh import Reader, Refreshed, refresh
+from router.resilience import Resilience
 from router.services.admin import AdminService
 from router.services.calls import Calls, ReadableRequests
 from router.services.generate import GenerateService
 from router.services.models import ModelService
-from router.settings import LlamaCppSettings, LlamaServerSettings, OllamaSettings, ServerSettings, Settings, data_home
+from router.settings import (
+    LlamaCppSettings,
+    LlamaServerSettings,
+    OllamaSettings,
+    ResilienceSettings,
+    ServerSettings,
+    Settings,
+    data_home,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +87,7 @@ class RouterServer:
         backends: by the names that the settings give them; the server starts and closes them.
         reader: reads the settings again; None: nothing ever changes.
         lifecycle: that the backends share; the server closes it.
+        resilience: `[resilience]`.
     """
 
     def __init__(
@@ -86,9 +97,13 @@ class RouterServer:
         backends: Mapping[str, Backend],
         reader: Reader | None = None,
         lifecycle: Lifecycle | None = None,
+        resilience: ResilienceSettings | None = None,
     ) -> None:
         self._settings = settings
-        self._dispatcher = Dispatcher(catalog, backends)
+        self._metrics = Metrics(self._gauges)
+        self._metrics_server: MetricsServer | None = None
+        self._resilience = Resilience(resilience, self._metrics.noted)
+        self._dispatcher = Dispatcher(catalog, backends, resilience=self._resilience)
         self._reader = reader
         self._lifecycle = lifecycle
         self._preloads: set[asyncio.Task[None]] = set()
@@ -111,9 +126,7 @@ class RouterServer:
         for name in SERVICE_NAMES:
             await self._health.set(name, NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        v1.add_GenerateServiceServicer_to_server(
-            GenerateService(self._dispatcher, self._calls, self._settings.slow_reader_limit), self._server
-        )
+        v1.add_GenerateServiceServicer_to_server(self._generate_service(), self._server)
         v1.add_ModelServiceServicer_to_server(ModelService(self._dispatcher), self._server)
         v1.add_AdminServiceServicer_to_server(
             AdminService(self._dispatcher, self._calls, self.refresh, enabled=self._settings.admin), self._server
@@ -122,6 +135,7 @@ class RouterServer:
             names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self.address = self._bind()
+        self._listen_for_metrics()
         self._health_task = asyncio.create_task(self._publish_health())
         for backend in self._dispatcher.backends.values():
             await self._start_backend(backend)
@@ -161,6 +175,29 @@ class RouterServer:
                 self._dispatcher.backends[name] = backend
             return await refresh(self._dispatcher, found.catalog, found.needs_restart)
 
+    def _generate_service(self) -> GenerateService:
+        settings = self._settings
+        return GenerateService(
+            self._dispatcher, self._calls, self._metrics, settings.slow_reader_limit, settings.max_unread_bytes
+        )
+
+    @property
+    def metrics_address(self) -> str:
+        """Where the page /metrics is; "" where there is none."""
+        return self._metrics_server.address if self._metrics_server else ""
+
+    def _listen_for_metrics(self) -> None:
+        if self._settings.metrics_listen is None:
+            return
+        try:
+            self._metrics_server = MetricsServer(self._metrics, self._settings.metrics_listen)
+        except OSError:
+            raise ListenError(f"cannot listen at {self._settings.metrics_listen} for metrics") from None
+
+    def _gauges(self) -> list[Gauge]:
+        statuses = [backend.status() for backend in self._dispatcher.backends.values()]
+        return gauges(statuses, self._lifecycle, self._resilience)
+
     def _bind(self) -> str:
         listen = self._settings.listen
         try:
@@ -171,6 +208,8 @@ class RouterServer:
 
     def _status_changed(self, status: BackendStatus) -> None:
         self._health_updates.put_nowait((status.name, status.state))
+        if status.state is BackendState.READY:
+            self._resilience.recovered(status.name)
 
     async def _publish_health(self) -> None:
         """Turns backend states into health: each under `backend/NAME`, and overall while any of them is ready."""
@@ -205,6 +244,8 @@ class RouterServer:
                 await backend.close()
         if self._lifecycle is not None:
             await self._lifecycle.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
 
 
 def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle) -> dict[str, Backend]:
@@ -234,7 +275,7 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
     lifecycle = Lifecycle(settings.scheduler)
     build = functools.partial(build_backends, lifecycle=lifecycle)
     reader = Reader(settings, load, pulled, build)
-    server = RouterServer(settings.server, catalog, build(settings, catalog), reader, lifecycle)
+    server = RouterServer(settings.server, catalog, build(settings, catalog), reader, lifecycle, settings.resilience)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

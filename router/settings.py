@@ -80,21 +80,31 @@ class ServerSettings(_Table):
     )
     drain_grace: float = Field(30.0, ge=0.0, description="seconds that running calls get after SIGTERM")
     slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds that an event of a stream may wait unread")
+    max_unread_bytes: int = Field(
+        256 * 2**10, ge=1024, le=64 * 2**20, description="of one answer that may wait for its reader"
+    )
+    metrics_listen: str | None = Field(
+        None, description="host:port of the page /metrics for Prometheus; port 0 picks a free one; unset: none"
+    )
     default_deadline: float = Field(600.0, gt=0.0, description="seconds for a call that comes without a deadline")
 
     @model_validator(mode="after")
     def _loopback_unless_allowed(self) -> Self:
-        if self.listen.startswith("unix:"):
-            return self
-        host, _, port = self.listen.rpartition(":")
+        if not self.listen.startswith("unix:"):
+            self._check_address("listen", self.listen, "without encryption or authentication")
+        if self.metrics_listen is not None:
+            self._check_address("metrics_listen", self.metrics_listen, "without authentication")
+        return self
+
+    def _check_address(self, key: str, address: str, without: str) -> None:
+        host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"listen must be host:port or unix:path, not {self.listen!r}")
+            kinds = "host:port or unix:path" if key == "listen" else "host:port"
+            raise ValueError(f"{key} must be {kinds}, not {address!r}")
         if not self.allow_remote and not _is_loopback(host):
             raise ValueError(
-                f"listen = {self.listen!r} is reachable from other hosts, without encryption or authentication; "
-                "set allow_remote = true to accept that"
+                f"{key} = {address!r} is reachable from other hosts, {without}; set allow_remote = true to accept that"
             )
-        return self
 
 
 def _is_loopback(host: str) -> bool:
@@ -159,6 +169,10 @@ class MlxSettings(_Table):
     parallel: int = Field(8, ge=1, le=256, description="requests that decode together")
     max_queued: int = Field(256, ge=0, le=100_000, description="requests that may wait")
     slow_reader_limit: float = Field(30.0, gt=0.0, description="seconds a stream may wait for its reader")
+    first_token_timeout: float = Field(
+        300.0, gt=0.0, description="seconds without a sign of life before the first token"
+    )
+    token_timeout: float = Field(60.0, gt=0.0, description="seconds between tokens")
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens per step; a cancel waits for one step")
     unseeded_rule: Literal["auto", "coupling", "rejection"] = Field(
         "auto", description="how drafts are accepted without a seed; auto: what accepted more at load"
@@ -249,6 +263,15 @@ class SchedulerSettings(_Table):
     turn: float = Field(10.0, ge=0.0, description="seconds that a model serves before it has to make room")
 
 
+class ResilienceSettings(_Table):
+    """`[resilience]`: what happens where a backend fails."""
+
+    retries: int = Field(2, ge=0, le=10, description="further tries of a request before its first token")
+    failures: int = Field(5, ge=1, description="failures in a row after which a backend is left alone")
+    pause: float = Field(1.0, gt=0.0, description="seconds until one request tries it again; doubles each time")
+    longest_pause: float = Field(30.0, gt=0.0, description="longest time that it is left alone, seconds")
+
+
 BackendSettings = Annotated[
     LlamaCppSettings | MlxSettings | OllamaSettings | LlamaServerSettings, Field(discriminator="kind")
 ]
@@ -321,6 +344,7 @@ class Settings(BaseSettings):
     sampling: SamplingSettings = SamplingSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    resilience: ResilienceSettings = ResilienceSettings()
     backends: dict[BackendName, BackendSettings] = Field(default_factory=dict, validate_default=True)
     models: dict[ModelName, ModelSettings] = Field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
 from router.backends.mlx_answer import Answer, generate_params, router_error, template_message
 from router.backends.mlx_models import Resident, Residents
-from router.backends.patience import TimeIsUpError
+from router.backends.patience import Patience, TimeIsUpError
 from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
 from router.domain import (
@@ -275,10 +275,13 @@ class MlxBackend:
         except EngineError as error:
             raise router_error(error, params.model) from None
         known.streams.add(stream)
+        # The engine itself ends a stream whose time is up.
+        patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, None, "the MLX engine")
         started = False
         try:
             while True:
-                await ready.wait()
+                async with patience.for_sign_of_life(started):
+                    await ready.wait()
                 ready.clear()
                 for event in stream.read():
                     for translated in answer.translate(event):

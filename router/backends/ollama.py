@@ -12,7 +12,7 @@ from typing import Any, cast
 from ollama import ShowResponse
 
 from router.backends.llama_request import MAX_SEED
-from router.backends.ollama_answer import Answer, Piece, broken_stream
+from router.backends.ollama_answer import Answer, Piece, another_model, broken_stream
 from router.backends.ollama_client import QUESTION_TIMEOUT, failures, interruptions, new_client, unreachable
 from router.backends.ollama_facts import own_stops, read_show
 from router.backends.ollama_request import generation_body, load_options
@@ -230,6 +230,8 @@ class OllamaBackend:
                     piece = await anext(pieces, None)
             self._watch.note(tag, loaded=True)
             while piece is not None:
+                if piece.model and canonical(piece.model) != tag:
+                    raise another_model()
                 for event in answer.take(piece):
                     yield event
                 if answer.finished:

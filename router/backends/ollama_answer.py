@@ -117,6 +117,11 @@ def broken_stream() -> RouterError:
     return RouterError(ErrorReason.BACKEND_FAILED, "Ollama sent a reply that cannot be read")
 
 
+def another_model() -> RouterError:
+    """The error for an answer that a model gave which was not asked."""
+    return RouterError(ErrorReason.BACKEND_FAILED, "Ollama answered with another model than the one that was asked")
+
+
 def _logprob(entry: Any) -> TokenLogprob:
     # The client's class drops the bytes that Ollama sends; the text is what is left of them.
     top = tuple(TokenLogprob(None, item.token.encode(), item.logprob) for item in entry.top_logprobs or ())

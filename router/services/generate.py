@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
-import grpc
 from mtp_router.generate import v1
 
 from router.dispatch import Answer, Dispatcher
-from router.domain import Delta, ErrorReason, Event, Finished, GenerationRequest, RouterError, Started
+from router.domain import Delta, ErrorReason, Finished, GenerationRequest, RouterError, Started
+from router.metrics import Metrics
 from router.services import render
 from router.services.calls import Calls, Context
 from router.services.errors import reports_errors
+from router.services.outbox import Outbox, filling, joined
 from router.services.parse import parse_input, parse_model_name, refuse_unknown_fields
+from router.services.record import Record
 
-logger = logging.getLogger(__name__)
 Request = v1.GenerateRequest | v1.StreamGenerateRequest | v1.CountTokensRequest
 
 
@@ -30,19 +30,29 @@ class GenerateService(v1.GenerateServiceServicer):
     Args:
         dispatcher: sends requests to backends.
         calls: bounds the calls.
+        metrics: takes the figures.
         slow_reader_limit: seconds that an event may wait for its reader.
+        max_unread_bytes: of an answer that may wait for its reader.
     """
 
-    def __init__(self, dispatcher: Dispatcher, calls: Calls, slow_reader_limit: float) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, calls: Calls, metrics: Metrics, slow_reader_limit: float, max_unread_bytes: int
+    ) -> None:
         self._dispatcher = dispatcher
         self._calls = calls
+        self._metrics = metrics
         self._slow_reader_limit = slow_reader_limit
+        self._max_unread_bytes = max_unread_bytes
 
     @reports_errors
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> v1.GenerateResponse:
         """Answers in one message."""
         pieces: list[Delta] = []
-        async with self._calls.bounded(context), self._answer(request) as (answer, events):
+        async with (
+            self._calls.bounded(context),
+            self._answer(request) as (answer, record),
+            aclosing(record.watching(answer.events)) as events,
+        ):
             async for event in events:
                 if isinstance(event, Started):
                     begun = render.started(answer, event)
@@ -50,19 +60,25 @@ class GenerateService(v1.GenerateServiceServicer):
                     pieces.append(event)
                 elif isinstance(event, Finished):
                     ended = render.finished(answer, event)
-        return v1.GenerateResponse(started=begun, output=render.delta(_joined(pieces)), finished=ended)
+        return v1.GenerateResponse(started=begun, output=render.delta(joined(pieces)), finished=ended)
 
     @reports_errors
     async def StreamGenerate(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes
         self, request: v1.StreamGenerateRequest, context: Context
     ) -> None:
         """Answers event by event."""
-        async with self._calls.bounded(context), self._answer(request) as (answer, events):
-            async for event in events:
-                if isinstance(event, Started):
-                    response = v1.StreamGenerateResponse(started=render.started(answer, event))
-                elif isinstance(event, Delta):
+        outbox = Outbox(self._max_unread_bytes)
+        async with (
+            self._calls.bounded(context),
+            self._answer(request) as (answer, record),
+            filling(outbox, record.watching(answer.events)),
+        ):
+            while (event := await outbox.take()) is not None:
+                record.merged = outbox.merged
+                if isinstance(event, Delta):
                     response = v1.StreamGenerateResponse(delta=render.delta(event))
+                elif isinstance(event, Started):
+                    response = v1.StreamGenerateResponse(started=render.started(answer, event))
                 elif isinstance(event, Finished):
                     response = v1.StreamGenerateResponse(finished=render.finished(answer, event))
                 elif request.include_progress:
@@ -99,43 +115,13 @@ class GenerateService(v1.GenerateServiceServicer):
         return parse_input(request.input, self._dispatcher.catalog.resolve(name).sampling)
 
     @asynccontextmanager
-    async def _answer(self, request: Request) -> AsyncIterator[tuple[Answer, AsyncGenerator[Event, None]]]:
-        """The answer to a request; whatever ends the block stops the backend, and is logged in one line."""
+    async def _answer(self, request: Request) -> AsyncIterator[tuple[Answer, Record]]:
+        """The answer to a request; whatever ends the block is recorded."""
         answer = await self._dispatcher.generate(self._parse(request))
-        outcome = "ok"
+        record = Record(self._metrics, answer)
         try:
-            async with aclosing(answer.events) as events:
-                yield answer, events
-        except RouterError as error:
-            outcome = error.reason.value
+            yield answer, record
+        except BaseException as error:
+            record.ended(error)
             raise
-        except Exception as error:
-            outcome = "cancelled" if isinstance(error, grpc.aio.BaseError) else ErrorReason.INTERNAL.value
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            outcome = "cancelled"
-            raise
-        finally:
-            logger.info(
-                "generation %s model=%s backend=%s outcome=%s first_token=%.3f total=%.3f correlation_id=%s labels=%s",
-                answer.generation_id,
-                answer.route.model,
-                answer.route.backend,
-                outcome,
-                answer.clock.first_token,
-                answer.clock.total,
-                answer.request.correlation_id or "-",
-                dict(answer.request.labels) or "-",
-            )
-
-
-def _joined(pieces: list[Delta]) -> Delta:
-    """All pieces of an answer as one."""
-    counts = [piece.token_count for piece in pieces]
-    return Delta(
-        text="".join(piece.text for piece in pieces),
-        reasoning_text="".join(piece.reasoning_text for piece in pieces),
-        token_count=None if None in counts else sum(count for count in counts if count is not None),
-        logprobs=tuple(item for piece in pieces for item in piece.logprobs),
-        tool_calls=tuple(call for piece in pieces for call in piece.tool_calls),
-    )
+        record.ended(None)

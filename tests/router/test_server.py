@@ -68,7 +68,7 @@ async def failure(call: object) -> tuple[grpc.aio.AioRpcError, dict[str, object]
 
 
 async def test_a_stream_is_started_deltas_finished(start_server) -> None:  # type: ignore[no-untyped-def]
-    backend = ScriptedBackend()
+    backend = ScriptedBackend([Started(prompt_tokens=3), Delta("Hello", token_count=1), 0.2, Delta(" world"), FINISHED])
     _, channel = await start_server(backend, catalog(entry(aliases=["nick"])))
     events = [event async for event in stream(channel, given("nick", correlation_id="c-1"))]
     assert [event.WhichOneof("event") for event in events] == ["started", "delta", "delta", "finished"]
