@@ -117,6 +117,10 @@ class Metrics:
         if first_token:
             self._first.labels(*who).observe(first_token)
 
+    def refused(self, outcome: str) -> None:
+        """A request came to no backend."""
+        self._requests.labels("", "", outcome).inc()
+
     def finished(self, who: tuple[str, str], event: Finished) -> None:
         """An answer is complete."""
         usage, drafts = event.usage, event.speculation

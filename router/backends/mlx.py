@@ -13,6 +13,7 @@ from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
 from router.backends.mlx_answer import Answer, generate_params, router_error, template_message
 from router.backends.mlx_models import Resident, Residents
+from router.backends.mlx_wake import Waker, share_interpreter
 from router.backends.patience import Patience, TimeIsUpError
 from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
@@ -72,6 +73,7 @@ class MlxBackend:
         self._offer = Offer(self.kind, "the engine has not started")
         self._models = Residents(settings)
         self._listeners: list[Callable[[BackendStatus], None]] = []
+        self._waker: Waker | None = None
         self._closed = False
         self._restarts = 0
         self._failures = 0  # ends of the engine since an answer was given
@@ -94,6 +96,8 @@ class MlxBackend:
             kernel_checks=data_home() / "kernel-checks.json",
         )
         loop = asyncio.get_running_loop()
+        self._waker = Waker(loop)
+        share_interpreter()
 
         def ended() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed
@@ -265,13 +269,9 @@ class MlxBackend:
 
     async def _stream(self, known: Resident, params: GenerateParams, answer: Answer) -> AsyncGenerator[Event, None]:
         """One stream of the engine, from its submission to its last event; leaving cancels it."""
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(ready.set)
-
+        ready, waker = asyncio.Event(), self._waker or Waker(asyncio.get_running_loop())
         try:
-            stream = self._running().submit(params, wake)
+            stream = self._running().submit(params, lambda: waker.wake(ready))
         except EngineError as error:
             raise router_error(error, params.model) from None
         known.streams.add(stream)

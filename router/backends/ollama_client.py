@@ -64,6 +64,8 @@ def failures(tag: str, request: GenerationRequest | None = None) -> Iterator[Non
     except ResponseError as error:
         logger.warning("Ollama answered %s for %s: %s", error.status_code, tag, error.error[:MAX_LOGGED])
         raise refusal(error, tag, request) from None
+    except LineTooLongError:
+        raise broken_stream() from None
     except (ConnectionError, httpx.HTTPError):
         raise unreachable() from None
     except (ValueError, TypeError, AttributeError, RecursionError):  # its JSON, or its shape, is not Ollama's

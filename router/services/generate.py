@@ -16,7 +16,7 @@ from router.services.calls import Calls, Context
 from router.services.errors import reports_errors
 from router.services.outbox import Outbox, filling, joined
 from router.services.parse import parse_input, parse_model_name, refuse_unknown_fields
-from router.services.record import Record
+from router.services.record import Record, refused
 
 Request = v1.GenerateRequest | v1.StreamGenerateRequest | v1.CountTokensRequest
 
@@ -117,7 +117,11 @@ class GenerateService(v1.GenerateServiceServicer):
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[tuple[Answer, Record]]:
         """The answer to a request; whatever ends the block is recorded."""
-        answer = await self._dispatcher.generate(self._parse(request))
+        try:
+            answer = await self._dispatcher.generate(self._parse(request))
+        except RouterError as error:
+            refused(self._metrics, request.input.model, error)
+            raise
         record = Record(self._metrics, answer)
         try:
             yield answer, record

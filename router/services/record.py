@@ -17,6 +17,8 @@ from router.metrics import Metrics
 
 logger = logging.getLogger("router.requests")
 
+MAX_NAME = 128  # characters of a model's name that a caller gave
+
 
 class Record:
     """One request, from its arrival to its end.
@@ -86,6 +88,13 @@ class Record:
         if request.labels:
             line["labels"] = dict(request.labels)
         return line
+
+
+def refused(metrics: Metrics, model: str, error: RouterError) -> None:
+    """A request that came to no backend. Its model is no label of the figures: callers could make up any number."""
+    metrics.refused(error.reason.value)
+    line = {"event": "request", "model": model[:MAX_NAME], "outcome": error.reason.value}
+    logger.info("%s", json.dumps(line, ensure_ascii=False))
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -44,6 +44,10 @@ class Faults:
             "shape" one that is JSON but no piece, "endless" a line that has no end, "stall" nothing any more.
         slow: seconds before each word.
         load_seconds: that a model takes to load.
+        prefill_seconds: that a prompt takes.
+        silent: a generation is loaded and read, and never answered.
+        other_model: answers name another model than the one that was asked.
+        closed: new connections are refused; those that stand go on.
         hang: every request but this one gets no answer.
     """
 
@@ -54,6 +58,10 @@ class Faults:
     how: str = "error"
     slow: float = 0.0
     load_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    silent: bool = False
+    other_model: bool = False
+    closed: bool = False
     hang: bool = False
 
 
@@ -87,6 +95,7 @@ class State:
         self.running = 0
         self.loaded: dict[str, Json] = {}  # expires_at, context and runner options by tag
         self.loads = 0
+        self.stage = ""  # of the latest generation
         self.one_at_a_time = threading.Lock()
 
 
@@ -185,12 +194,20 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "faults" in wanted:
             self.state.faults = Faults(**wanted["faults"])
+            if self.state.faults.closed:
+                threading.Thread(target=self.close_door).start()
+        if "stage" in wanted:
+            self.state.stage = wanted["stage"]
         if "digest" in wanted:
             MODELS.setdefault(wanted["tag"], Model()).digest = wanted["digest"]
         if "capabilities" in wanted:
             MODELS[wanted["tag"]].capabilities = tuple(wanted["capabilities"])
-        shown = {name: getattr(self.state, name) for name in ("requests", "left", "running", "loads")}
+        shown = {name: getattr(self.state, name) for name in ("requests", "left", "running", "loads", "stage")}
         self.send_json({**shown, "faults": asdict(self.state.faults)})
+
+    def close_door(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
     def tags(self) -> None:
         listed = [
@@ -276,12 +293,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(self.body(), chat=False)
 
     def answer(self, asked: Json, *, chat: bool) -> None:
-        faults = self.state.faults
         stream = asked.get("stream", True)
         model = self.check(asked, chat)
-        if faults.status is not None:
-            kind = PLAIN_JSON if stream else JSON
-            self.send_json({"error": faults.error}, faults.status, kind)
+        if self.state.faults.status is not None:
+            self.fail(stream)
             return
         tag, options = canonical(asked["model"]), {**model.parameters, **(asked.get("options") or {})}
         empty = not asked.get("messages") if chat else not asked.get("prompt")
@@ -297,9 +312,21 @@ class Handler(BaseHTTPRequestHandler):
         self.state.running += 1
         try:
             with self.state.one_at_a_time:
+                self.state.stage = "prefill"
+                time.sleep(self.state.faults.prefill_seconds)
+                if self.state.faults.status is not None:  # it came up meanwhile
+                    self.fail(stream)
+                    return
+                while self.state.faults.silent:
+                    time.sleep(0.02)
+                    self.notice_departure()
                 self.speak(asked, chat, options, model, prompt, stream)
         finally:
             self.state.running -= 1
+
+    def fail(self, stream: bool) -> None:
+        faults = self.state.faults
+        self.send_json({"error": faults.error}, faults.status or 500, PLAIN_JSON if stream else JSON)
 
     def check(self, asked: Json, chat: bool) -> Model:
         if not asked.get("model"):
@@ -330,6 +357,7 @@ class Handler(BaseHTTPRequestHandler):
         runner = {name: options.get(name) for name in ("num_ctx", "draft_num_predict")}
         held = self.state.loaded.get(tag)
         if held is None or held["options"] != runner:
+            self.state.stage = "load"
             time.sleep(self.state.faults.load_seconds)
             self.state.loads += 1
         if isinstance(keep_alive, str):
@@ -377,7 +405,8 @@ class Handler(BaseHTTPRequestHandler):
             yield from (f"{word} " for word in said)
 
     def piece(self, asked: Json, chat: bool, text: str) -> Json:
-        shared = {"model": asked["model"], "created_at": stamp()}
+        name = "another:latest" if self.state.faults.other_model else asked["model"]
+        shared = {"model": name, "created_at": stamp()}
         return shared | ({"message": {"role": "assistant", "content": text}} if chat else {"response": text})
 
     def speak(self, asked: Json, chat: bool, options: Json, model: Model, prompt: int, stream: bool) -> None:
@@ -392,9 +421,10 @@ class Handler(BaseHTTPRequestHandler):
                 last["response"] = text
             self.send_json(last)
             return
-        faults, begun = self.state.faults, False
+        begun = False
         for sent, part in enumerate(pieces):
-            if faults.die_after == sent:
+            faults = self.state.faults
+            if faults.die_after is not None and faults.die_after <= sent:
                 self.break_off(faults.how, begun)
                 return
             if faults.slow:
@@ -403,6 +433,7 @@ class Handler(BaseHTTPRequestHandler):
             if not begun:
                 self.begin()
                 begun = True
+                self.state.stage = "decode"
             part["total_duration"] = round((time.monotonic() - started) * 1e9) if part["done"] else None
             self.line({key: value for key, value in part.items() if value is not None})
         self.wfile.write(b"0\r\n\r\n")
@@ -498,13 +529,22 @@ class Handler(BaseHTTPRequestHandler):
         return end | {"total_duration": 190_374_386, "load_duration": 682_190} | figures
 
 
+class Server(ThreadingHTTPServer):
+    """One thread a connection; it says nothing of clients that went away."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None: ...
+
+
 def main() -> None:
     Handler.state = State()
-    ThreadingHTTPServer.daemon_threads = True
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
+    while True:  # what goes on after the door was closed
+        time.sleep(60)
 
 
 if __name__ == "__main__":

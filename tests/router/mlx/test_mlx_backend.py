@@ -15,6 +15,7 @@ import pytest
 from mtp_router.generate import v1
 
 from mlx_mtp_backend.synthetic import Recipe, write
+from mlx_mtp_backend.worker import Worker
 from router.backends.mlx import MlxBackend
 from router.catalog import read_catalog
 from router.client import AsyncClient, RouterCallError
@@ -256,6 +257,53 @@ async def test_an_engine_that_dies_is_told(client: AsyncClient, monkeypatch: pyt
         await text_of(client, "random")
     assert caught.value.reason == "BACKEND_UNAVAILABLE"
     assert (await client.get_model("random")).state == v1.MODEL_STATE_FAILED
+    monkeypatch.undo()  # health, and the next request, come back by themselves
+    async with asyncio.timeout(20):
+        while (await client.list_backends())[0].state != v1.BACKEND_STATE_READY:
+            await asyncio.sleep(0.02)
+    await text_of(client, "random")
+    assert (await client.list_backends())[0].restarts >= 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_dies_in_mid_answer_breaks_the_answer_off(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = client.stream("random", prompt="x", max_output_tokens=240, ignore_end_of_generation=True)
+    deltas = aiter(answer)
+    await anext(deltas)
+
+    def broken(self: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("mlx_mtp_backend.worker.Worker._reap", broken)
+    with pytest.raises(RouterCallError) as caught:
+        async for _ in deltas:
+            pass
+    assert caught.value.reason == "BACKEND_FAILED"
+
+
+async def test_a_load_that_nobody_waits_for_is_given_up(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    slice_of = Worker._load_slice
+
+    def slow(self: Worker) -> None:
+        slice_of(self)
+        held.wait(0.05)
+
+    monkeypatch.setattr(Worker, "_load_slice", slow)
+    answer = client.stream("random", prompt="x")
+    reading = asyncio.ensure_future(anext(aiter(answer), None))
+    async with asyncio.timeout(10):
+        while (await client.get_model("random")).state != v1.MODEL_STATE_LOADING:
+            await asyncio.sleep(0.005)
+        answer.close()
+        while (await client.get_model("random")).state != v1.MODEL_STATE_COLD:
+            await asyncio.sleep(0.005)
+    await asyncio.gather(reading, return_exceptions=True)
+    assert not (await client.list_backends())[0].loaded_models
+    held.set()
+    await text_of(client, "random")
 
 
 async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:

@@ -1,0 +1,156 @@
+"""Thousands of short requests with cancels, slow readers and a backend that keeps dying: `make soak`.
+
+The router runs in this process over a double of an Ollama server, which is killed and started again on the same port.
+Nothing may be left over, and memory may not grow: the slope of the resident size over the requests after the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.ollama_process import Double  # noqa: E402
+
+from benchmarks.faults import service  # noqa: E402
+from router.backends.ollama import OllamaBackend  # noqa: E402
+from router.client import AsyncClient, RouterCallError  # noqa: E402
+
+MESSAGES = [{"role": "user", "content": "one two three four five six seven eight"}]
+EXPECTED = MESSAGES[0]["content"] + " "
+MAX_SLOPE = 50.0  # bytes a request
+SAMPLES = 40  # looks at memory
+WARM_UP = 0.25  # share of the requests before the slope is taken
+
+
+def slope(points: list[tuple[int, int]]) -> float:
+    """Least squares, bytes a request."""
+    n, sx, sy = len(points), sum(x for x, _ in points), sum(y for _, y in points)
+    sxx, sxy = sum(x * x for x, _ in points), sum(x * y for x, y in points)
+    return (n * sxy - sx * sy) / (n * sxx - sx * sx)
+
+
+class Soak:
+    """The requests, and what came of them."""
+
+    def __init__(self, client: AsyncClient, double: Double, arguments: argparse.Namespace) -> None:
+        self.client = client
+        self.double = double
+        self.arguments = arguments
+        self.chooser = random.Random(7)
+        self.came: Counter[str] = Counter()
+        self.sent = 0
+        self.memory: list[tuple[int, int]] = []
+        self._at_kill = asyncio.Lock()
+
+    async def worker(self) -> None:
+        while self.sent < self.arguments.requests:
+            self.sent += 1
+            number = self.sent
+            if number % self.arguments.kill_every == 0:
+                await self.kill()
+            draw = self.chooser.random()
+            kind = "cancelled" if draw < 0.30 else "slow" if draw < 0.35 else "read"
+            await self.one(kind)
+            if number % max(1, self.arguments.requests // SAMPLES) == 0:
+                gc.collect()
+                self.memory.append((number, psutil.Process().memory_info().rss))
+
+    async def one(self, kind: str) -> None:
+        answer = self.client.stream("sick", messages=MESSAGES, temperature=0.0, deadline=30)
+        text = ""
+        try:
+            if kind == "cancelled" and self.chooser.random() < 0.5:
+                await asyncio.sleep(self.chooser.uniform(0, 0.01))
+            else:
+                async for delta in answer:
+                    text += delta.text
+                    if kind == "cancelled":
+                        break
+                    if kind == "slow":
+                        await asyncio.sleep(0.02)
+        except RouterCallError as error:
+            self.came[error.reason or error.code.name] += 1
+            await asyncio.sleep(min(error.retry_after or 0.0, 0.3))  # as the router asks, if not for as long
+            return
+        finally:
+            answer.close()
+        if kind == "cancelled":
+            self.came["cancelled"] += 1
+        else:
+            self.came["whole" if text == EXPECTED else "CUT SHORT WITHOUT AN ERROR"] += 1
+
+    async def kill(self) -> None:
+        """SIGKILL, and another double in its place."""
+        async with self._at_kill:
+            port = int(self.double.address.rpartition(":")[2])
+            await asyncio.to_thread(self.double.kill)
+            self.double = await asyncio.to_thread(Double, port)
+            self.came["kills"] += 1
+
+
+def counts(backend: OllamaBackend) -> dict[str, int]:
+    gc.collect()
+    status = backend.status()
+    return {
+        "tasks": len(asyncio.all_tasks()),
+        "files": len(os.listdir("/dev/fd")),
+        "requests": status.active_requests + status.queued_requests,
+        "children": len(psutil.Process().children()),
+    }
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    double, began = Double(), time.monotonic()
+    async with service({"sick": double}, parallel=8, max_queued=1000) as (client, backends):
+        backend = backends["sick"]
+        soak = Soak(client, double, arguments)
+        for _ in range(20):
+            await soak.one("read")
+        await asyncio.sleep(1)
+        before = counts(backend)
+        await asyncio.gather(*(soak.worker() for _ in range(arguments.at_once)))
+        after = counts(backend)
+        for _ in range(100):
+            if all(after[name] <= before[name] for name in before):
+                break
+            await asyncio.sleep(0.1)
+            after = counts(backend)
+        soak.double.kill()
+    warm = [(number, size) for number, size in soak.memory if number >= WARM_UP * arguments.requests]
+    grows = slope(warm)
+    print(f"{arguments.requests} requests, {arguments.at_once} at once, in {time.monotonic() - began:.0f} s")
+    for name, count in sorted(soak.came.items()):
+        print(f"  {name:<30}{count:>8}")
+    for name in before:
+        print(f"  {name:<30}{before[name]:>8} -> {after[name]}")
+    sizes = f"{warm[0][1] / 2**20:.1f} -> {warm[-1][1] / 2**20:.1f} MiB"
+    print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request ({sizes}; limit {MAX_SLOPE:g})")
+    leaked = any(after[name] > before[name] for name in before)
+    return 1 if leaked or grows >= MAX_SLOPE or soak.came["CUT SHORT WITHOUT AN ERROR"] else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--kill-every", type=int, default=500)
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    return asyncio.run(run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""A router in a process of its own, for benchmarks: scripted backends, the real server, figures over a pipe.
+
+Run as `python -m benchmarks.stand OPTIONS`; it prints its address as one JSON line, serves until its standard input
+ends, and prints what it measured of itself as another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mlx_mtp_backend.synthetic import Recipe, write
+from router.backends.mlx import MlxBackend
+from router.catalog import Catalog, ModelEntry, read_catalog
+from router.domain import (
+    BackendKind,
+    BackendState,
+    BackendStatus,
+    Capability,
+    CapabilityFact,
+    Delta,
+    Drafting,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Loading,
+    ModelFacts,
+    ModelState,
+    Offer,
+    Started,
+    TextPrompt,
+    TokenCount,
+    Usage,
+)
+from router.lifecycle import Lifecycle, Seat, nothing
+from router.scheduler import Terms
+from router.server import RouterServer
+from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
+
+TICK = 0.005  # seconds between looks at the loop's delay
+
+
+class Scripted:
+    """Answers "RATE COUNT": that many deltas a second, that many in all; each says when it was made."""
+
+    kind = BackendKind.LLAMA_CPP
+    fields: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, parallel: int) -> None:
+        self.name, self.parallel = name, parallel
+        self._lifecycle = Lifecycle()
+        self._seat = Seat(name, Terms(parallel, 1000, loads=False), nothing, nothing)
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def offer(self) -> Offer:
+        return Offer(self.kind)
+
+    def status(self) -> BackendStatus:
+        running, waiting = self._lifecycle.counts(self.name)
+        return BackendStatus(self.name, self.kind, BackendState.READY, active_requests=running, queued_requests=waiting)
+
+    def on_status_change(self, listener: Callable[[BackendStatus], None]) -> None: ...
+
+    def model_state(self, model: ModelEntry) -> ModelState:
+        return ModelState.READY
+
+    def drafting(self, model: ModelEntry) -> Drafting | None:
+        return None
+
+    async def describe(self, model: ModelEntry) -> ModelEntry:
+        return model
+
+    async def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        assert isinstance(request.prompt, TextPrompt)
+        rate, count = request.prompt.text.split()
+        ticket = self._lifecycle.enter(self._seat, request.priority)
+        try:
+            async for step in self._lifecycle.wait(ticket, None):
+                yield step
+            begin = time.monotonic()
+            yield Started(1)
+            for number in range(int(count)):
+                await asyncio.sleep(begin + number / float(rate) - time.monotonic())
+                yield Delta(f"{time.monotonic_ns()} ", token_count=1)
+            yield Finished(FinishReason.MAX_TOKENS, Usage(1, int(count)))
+        finally:
+            self._lifecycle.leave(ticket)
+
+    async def count_tokens(self, model: ModelEntry, request: GenerationRequest) -> TokenCount:
+        return TokenCount(1, model.context_length)
+
+    async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
+        yield Loading()
+
+    async def unload(self, model: ModelEntry, *, force: bool) -> None: ...
+
+
+def scripted_entry(name: str, backend: str) -> ModelEntry:
+    """A model that the scripted backend answers for."""
+    capabilities = {item: CapabilityFact(True, "scripted") for item in Capability}
+    capabilities[Capability.MTP] = CapabilityFact(False, "scripted")
+    facts = ModelFacts(context_length=2048, size_bytes=1, capabilities=capabilities)
+    settings = ModelSettings(path=Path(f"/nowhere/{name}.gguf"), backend=backend)
+    return ModelEntry(name, settings.path, settings, facts)
+
+
+async def checkpoint_entry(folder: Path, layers: int, hidden: int) -> ModelEntry:
+    """A synthetic checkpoint with a head, for the engine."""
+    write(folder / "words", Recipe(kind="history", layers=layers, hidden=hidden))
+    models = {"words": ModelSettings(path=folder / "words")}
+    return (await read_catalog(Settings(models=models), folder / "none")).entries[0]
+
+
+@asynccontextmanager
+async def ticking(delays: list[float]) -> AsyncIterator[None]:
+    """Notes how late the loop wakes a sleeper, seconds."""
+
+    async def tick() -> None:
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(TICK)
+            delays.append(time.perf_counter() - begin - TICK)
+
+    task = asyncio.create_task(tick())
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    loop, delays = asyncio.get_running_loop(), []  # type: ignore[var-annotated]
+    backends: dict[str, Any] = {"scripted": Scripted("scripted", arguments.parallel)}
+    entries = [scripted_entry("scripted", "scripted")]
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.mlx:
+            backends["mlx"] = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2))
+            entries.append(await checkpoint_entry(Path(folder), arguments.layers, arguments.hidden))
+        settings = ServerSettings(listen="127.0.0.1:0", drain_grace=0.0, metrics_listen="127.0.0.1:0")
+        server = RouterServer(settings, Catalog(entries), backends)
+        await server.start()
+        print(json.dumps({"address": server.address, "metrics": server.metrics_address}), flush=True)
+        async with ticking(delays):
+            await loop.run_in_executor(None, sys.stdin.read)
+        usage = psutil.Process().cpu_times()
+        print(json.dumps({"ticks": delays, "cpu": usage.user + usage.system}), flush=True)
+        await server.drain()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parallel", type=int, default=1000)
+    parser.add_argument("--mlx", action="store_true")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--switch-interval", type=float)
+    arguments = parser.parse_args()
+    os.environ.setdefault("MTP_ROUTER_HOME", tempfile.gettempdir())
+    if arguments.switch_interval:
+        sys.setswitchinterval(arguments.switch_interval)
+    asyncio.run(serve(arguments))
+
+
+if __name__ == "__main__":
+    main()
