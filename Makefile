@@ -11,7 +11,7 @@ endif
 EXAMPLES ?= 50000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance hostile fuzz scheduler lint protos clean
+.PHONY: help setup demo serve test conformance hostile fuzz scheduler load ticks faults soak drain lint protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,21 @@ fuzz: setup  ## fuzz the readers of model files for long; EXAMPLES=50000
 
 scheduler: setup  ## drive the scheduler through 100,000 random steps and check it after each
 	$(BIN)/python -m benchmarks.scheduler
+
+load: setup  ## 500 streams through the router, alone and beside the engine: what it adds to each delta
+	$(BIN)/python -m benchmarks.load
+
+ticks: setup  ## how late the event loop is while the MLX engine decodes beside it
+	$(BIN)/python -m benchmarks.ticks
+
+faults: setup  ## what callers are told where a backend fails, fault by stage
+	$(BIN)/python -m benchmarks.faults
+
+soak: setup  ## 20,000 requests with cancels, slow readers and a backend that dies: nothing may be left over
+	$(BIN)/python -m benchmarks.soak
+
+drain: setup  ## restart routers in turn under load: no request may fail
+	$(BIN)/python -m benchmarks.drain
 
 lint: setup  ## ruff, mypy and buf
 	$(BIN)/ruff check .

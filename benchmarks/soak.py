@@ -62,7 +62,8 @@ class Soak:
             if number % self.arguments.kill_every == 0:
                 await self.kill()
             draw = self.chooser.random()
-            kind = "cancelled" if draw < 0.30 else "slow" if draw < 0.35 else "read"
+            slow = self.arguments.cancelled + self.arguments.slow
+            kind = "cancelled" if draw < self.arguments.cancelled else "slow" if draw < slow else "read"
             await self.one(kind)
             if number % max(1, self.arguments.requests // SAMPLES) == 0:
                 gc.collect()
@@ -146,6 +147,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--cancelled", type=float, default=0.30, help="share of requests")
+    parser.add_argument("--slow", type=float, default=0.05, help="share of requests")
     parser.add_argument("--kill-every", type=int, default=500)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)

@@ -62,6 +62,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
             from router.cli.verify import run
         case "pull":
             from router.cli.pull import run
+        case "top":
+            from router.cli.top import run
         case "config":
             from router.cli.config import run
         case _:

@@ -46,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("name", help="name or alias")
 
+    top = commands.add_parser("top", help="show what the server is doing", parents=[settings, server])
+    top.add_argument("--metrics", metavar="HOST:PORT", help="its metrics page; default: the settings' metrics_listen")
+    top.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between looks (1)")
+    top.add_argument("--once", action="store_true", help="look once")
+
     inspect = commands.add_parser("inspect", help="say what a model's files show of themselves", parents=[lines])
     inspect.add_argument("path", type=Path, help="GGUF file or checkpoint folder")
     inspect.add_argument("--head", type=Path, metavar="PATH", help="where else a checkpoint's head may lie")

@@ -18,9 +18,12 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from mtp_router.generate import v1
+from prometheus_client import start_http_server
 from support.fake_router import FakeRouter, answer, delta, endless, fail, finished, running, started
 
 from router.cli import main
+from router.domain import DraftSource, Finished, FinishReason, SpeculationStatistics, Usage
+from router.metrics import Metrics
 from router.settings import ServerSettings, Settings, effective_settings, load_settings
 
 Capture = pytest.CaptureFixture[str]
@@ -372,6 +375,31 @@ def test_models_draws_a_table_on_a_terminal(router: FakeRouter, command: list[st
     assert status == 0
     assert "capabilities" in seen
     assert "model-4" in seen
+
+
+def test_top_shows_backends_models_and_what_the_metrics_page_tells(router: FakeRouter, capsys: Capture) -> None:
+    assert main(["top", "--target", router.address, "--once"]) == 0
+    out = capsys.readouterr().out
+    assert "local" in out
+    assert "model-4" in out
+    assert "--metrics" in out
+    metrics = Metrics()
+    drafts = SpeculationStatistics(DraftSource.MTP_HEAD, 2, 4, 3, ((2, 2), (2, 1)))
+    metrics.finished(("model-1", "local"), Finished(FinishReason.MAX_TOKENS, Usage(1, 6), drafts))
+    metrics.ended(("model-1", "local"), "ok", 1.0, 0.0, 0.0, 0.25)
+    page, thread = start_http_server(0, "127.0.0.1", metrics.registry)
+    try:
+        where = f"127.0.0.1:{page.server_port}"
+        assert main(["top", "--target", router.address, "--metrics", where]) == 0  # no terminal: one look
+    finally:
+        page.shutdown()
+        page.server_close()
+        thread.join()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "model-1" in line)
+    assert "0.250 s" in row
+    assert "75%" in row
+    assert main(["top", "--target", router.address, "--metrics", where]) == 2
+    assert "cannot read the metrics page" in capsys.readouterr().err
 
 
 def test_refresh_tells_what_is_different(router: FakeRouter, capsys: Capture) -> None:
