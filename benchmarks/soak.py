@@ -132,6 +132,7 @@ async def run(arguments: argparse.Namespace) -> int:
         soak.double.kill()
     warm = [(number, size) for number, size in soak.memory if number >= WARM_UP * arguments.requests]
     grows = slope(warm)
+    halves = [slope(part) for part in (soak.memory[: len(soak.memory) // 2], soak.memory[len(soak.memory) // 2 :])]
     print(f"{arguments.requests} requests, {arguments.at_once} at once, in {time.monotonic() - began:.0f} s")
     for name, count in sorted(soak.came.items()):
         print(f"  {name:<30}{count:>8}")
@@ -139,6 +140,7 @@ async def run(arguments: argparse.Namespace) -> int:
         print(f"  {name:<30}{before[name]:>8} -> {after[name]}")
     sizes = f"{warm[0][1] / 2**20:.1f} -> {warm[-1][1] / 2**20:.1f} MiB"
     print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request ({sizes}; limit {MAX_SLOPE:g})")
+    print(f"  {'memory, first and second half':<30}{halves[0]:>8.1f}, {halves[1]:.1f} bytes a request")
     leaked = any(after[name] > before[name] for name in before)
     return 1 if leaked or grows >= MAX_SLOPE or soak.came["CUT SHORT WITHOUT AN ERROR"] else 0
 
