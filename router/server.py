@@ -248,8 +248,13 @@ class RouterServer:
             await asyncio.to_thread(self._metrics_server.close)
 
 
-def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle) -> dict[str, Backend]:
-    """The configured backends by name; the MLX engine only where there is a checkpoint for it."""
+def build_backends(settings: Settings, catalog: Catalog, lifecycle: Lifecycle | None = None) -> dict[str, Backend]:
+    """The configured backends by name; the MLX engine only where there is a checkpoint for it.
+
+    Args:
+        lifecycle: that they share; None makes one of `[scheduler]`.
+    """
+    lifecycle = lifecycle or Lifecycle(settings.scheduler)
     has_checkpoint = any(entry.facts.format is ModelFormat.CHECKPOINT for entry in catalog.entries)
     backends: dict[str, Backend] = {}
     for name, backend in settings.backends.items():
