@@ -19,7 +19,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
+from mtp_router.generate import v1
 
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.backends.mlx import MlxBackend
@@ -144,6 +146,35 @@ async def ticking(delays: list[float]) -> AsyncIterator[None]:
         await task
 
 
+class Bare(v1.GenerateServiceServicer):
+    """The same streams from gRPC alone, to compare with: no router."""
+
+    async def StreamGenerate(self, request: v1.StreamGenerateRequest, context: Any) -> None:  # type: ignore[override]
+        rate, count = request.input.text.split()
+        begin = time.monotonic()
+        await context.write(v1.StreamGenerateResponse(started=v1.GenerationStarted()))
+        for number in range(int(count)):
+            await asyncio.sleep(begin + number / float(rate) - time.monotonic())
+            delta = v1.GenerationDelta(text=f"{time.monotonic_ns()} ", token_count=1)
+            await context.write(v1.StreamGenerateResponse(delta=delta))
+        await context.write(v1.StreamGenerateResponse(finished=v1.GenerationFinished()))
+
+
+class BareServer:
+    """As much of `RouterServer` as `serve` uses."""
+
+    metrics_address = ""
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        v1.add_GenerateServiceServicer_to_server(Bare(), self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+
+    async def drain(self) -> None:
+        await self._server.stop(0)
+
+
 async def serve(arguments: argparse.Namespace) -> None:
     loop, delays = asyncio.get_running_loop(), []  # type: ignore[var-annotated]
     backends: dict[str, Any] = {"scripted": Scripted("scripted", arguments.parallel)}
@@ -153,13 +184,15 @@ async def serve(arguments: argparse.Namespace) -> None:
             backends["mlx"] = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2))
             entries.append(await checkpoint_entry(Path(folder), arguments.layers, arguments.hidden))
         settings = ServerSettings(listen="127.0.0.1:0", drain_grace=0.0, metrics_listen="127.0.0.1:0")
-        server = RouterServer(settings, Catalog(entries), backends)
+        server = BareServer() if arguments.bare else RouterServer(settings, Catalog(entries), backends)
         await server.start()
         print(json.dumps({"address": server.address, "metrics": server.metrics_address}), flush=True)
+        before = psutil.Process().cpu_times()
         async with ticking(delays):
             await loop.run_in_executor(None, sys.stdin.read)
-        usage = psutil.Process().cpu_times()
-        print(json.dumps({"ticks": delays, "cpu": usage.user + usage.system}), flush=True)
+        after = psutil.Process().cpu_times()
+        cpu = after.user + after.system - before.user - before.system
+        print(json.dumps({"ticks": delays, "cpu": cpu}), flush=True)
         await server.drain()
 
 
@@ -167,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parallel", type=int, default=1000)
     parser.add_argument("--mlx", action="store_true")
+    parser.add_argument("--bare", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--switch-interval", type=float)
