@@ -141,6 +141,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 break
             await asyncio.sleep(0.1)
             after = counts(backend)
+        connections = [f"{item.status} to {item.raddr}" for item in psutil.Process().net_connections()]
         soak.double.kill()
     warm = [(number, size) for number, size in soak.memory if number >= WARM_UP * arguments.requests]
     grows = slope(warm)
@@ -154,6 +155,8 @@ async def run(arguments: argparse.Namespace) -> int:
     print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request ({sizes}; limit {MAX_SLOPE:g})")
     print(f"  {'memory, first and second half':<30}{halves[0]:>8.1f}, {halves[1]:.1f} bytes a request")
     leaked = any(after[name] > before[name] for name in before)
+    if leaked:
+        print(f"  connections: {sorted(connections)}")
     return 1 if leaked or grows >= MAX_SLOPE or soak.came["CUT SHORT WITHOUT AN ERROR"] else 0
 
 
