@@ -49,7 +49,7 @@ from router.domain import (
 )
 from router.lifecycle import Lifecycle, Seat, nothing
 from router.scheduler import Terms
-from router.server import RouterServer
+from router.server import RouterServer, spare_the_collector
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
 
 TICK = 0.005  # seconds between looks at the loop's delay
@@ -187,6 +187,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         server = BareServer() if arguments.bare else RouterServer(settings, Catalog(entries), backends)
         await server.start()
         print(json.dumps({"address": server.address, "metrics": server.metrics_address}), flush=True)
+        spare_the_collector()
         before = psutil.Process().cpu_times()
         async with ticking(delays):
             await loop.run_in_executor(None, sys.stdin.read)

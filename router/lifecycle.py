@@ -22,6 +22,7 @@ from router.settings import SchedulerSettings
 logger = logging.getLogger(__name__)
 
 INTERNAL = "internal error; see the server's log"
+FOOTPRINT_TTL = 0.5  # seconds that a measurement holds: it walks through the processes of the system
 PROGRESS_INTERVAL = 0.5  # seconds between reports of a load whose fraction is known
 
 
@@ -84,6 +85,7 @@ class Lifecycle:
         self.scheduler = Scheduler(rules, self)
         self.loads = 0
         self._footprint = footprint
+        self._measured, self._measured_until = 0, 0.0
         self._seats: dict[str, Seat] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._unloads: dict[str, asyncio.Task[None]] = {}
@@ -209,8 +211,11 @@ class Lifecycle:
         return time.monotonic()
 
     def footprint(self) -> int:
-        """See `measured_footprint`."""
-        return self._footprint()
+        """See `measured_footprint`; looked at anew when a model came or went, and now and then."""
+        now = self.now()
+        if now >= self._measured_until:
+            self._measured, self._measured_until = self._footprint(), now + FOOTPRINT_TTL
+        return self._measured
 
     def begin_load(self, model: str) -> None:
         """Starts the backend's load."""
@@ -239,6 +244,7 @@ class Lifecycle:
         logger.info("loading %s (%d bytes)", seat.key, seat.terms.memory)
         try:
             await seat.load()
+            self._measured_until = 0.0
         except RouterError as error:
             logger.warning("%s could not be loaded: %s", seat.key, error)
             self.scheduler.load_failed(seat.key, error)
@@ -257,6 +263,7 @@ class Lifecycle:
             logger.info("unloaded %s", seat.key)
         except Exception:
             logger.exception("%s could not be unloaded", seat.key)
+        self._measured_until = 0.0
         self.scheduler.unloaded(seat.key)
         self._wind()
 

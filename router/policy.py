@@ -113,8 +113,10 @@ def _refuse_problem(entry: ModelEntry) -> None:
 
 
 def _no_backend(entry: ModelEntry, why: str, offer: Offer | None = None) -> RouterError:
-    reason = ErrorReason.BACKEND_UNAVAILABLE if offer and offer.failed else ErrorReason.MODEL_LOAD_FAILED
-    return RouterError(reason, f"model {entry.name!r}: {why}", metadata={"model": entry.name, "problem": why})
+    failed = offer is not None and offer.failed
+    reason = ErrorReason.BACKEND_UNAVAILABLE if failed else ErrorReason.MODEL_LOAD_FAILED
+    metadata = {"model": entry.name, "problem": why}
+    return RouterError(reason, f"model {entry.name!r}: {why}", metadata=metadata, retry_after=1.0 if failed else None)
 
 
 def _gguf_reason(entry: ModelEntry) -> str:

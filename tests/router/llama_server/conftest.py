@@ -31,8 +31,11 @@ def words_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def external(words_file: Path) -> Iterator[LlamaServer]:
-    server = LlamaServer(words_file)
+def external(tmp_path: Path) -> Iterator[LlamaServer]:
+    """One that may be harmed; it counts after "L" at a few milliseconds a token, so that there is time to."""
+    path = tmp_path / "words.gguf"
+    write_script_model(path, {"L": Script([f" n{i}" for i in range(50)], repeat=True)}, layers=2, feed_forward=4096)
+    server = LlamaServer(path)
     yield server
     server.kill()
 
