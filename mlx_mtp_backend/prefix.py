@@ -136,22 +136,32 @@ class PrefixStore:
         return done % (RUNG * chunk) == 0 or any(done == end // chunk * chunk for end in ends)
 
     def keep(self, model: str, sequence: Sequence, chunk: int) -> None:
-        """Store the chunks of a sequence that has run whole chunks only, and the state behind the last one."""
+        """Store the chunks of a sequence that has run whole chunks only, and the state behind the last one.
+
+        Raises:
+            RuntimeError: the device failed; nothing was stored.
+        """
         node, added = self._root(model, sequence), []
         for start in range(0, sequence.prefilled, chunk):
             tokens = tuple(sequence.tokens[start : start + chunk])
-            if tokens not in node.children:
-                node.children[tokens] = _Node(tokens, node, _rows(sequence, start, start + chunk))
-                added.append(node.children[tokens])
-            node = node.children[tokens]
-        if node.state is None:
+            known = node.children.get(tokens)
+            if known is None:
+                known = _Node(tokens, node, _rows(sequence, start, start + chunk))
+                added.append(known)
+            node = known
+        state = node.state
+        if state is None:
             pending = copied(sequence.pending[-1]) if sequence.pending else None
-            node.state = _State([cache.snapshot() for cache in sequence.caches], pending)
-            mx.eval(node.state.snapshots, [] if pending is None else pending)
-            self._bytes += node.state.nbytes
+            state = _State([cache.snapshot() for cache in sequence.caches], pending)
         # Evaluated now: a copy still to be made would hold on to the buffer, and the next pass copy it whole.
-        mx.eval([fresh.rows for fresh in added])
-        self._bytes += sum(_nbytes(fresh.rows) for fresh in added)
+        mx.eval([fresh.rows for fresh in added], state.snapshots, [] if state.pending is None else state.pending)
+        for fresh in added:
+            assert fresh.parent is not None
+            fresh.parent.children[fresh.tokens] = fresh
+            self._bytes += _nbytes(fresh.rows)
+        if node.state is None:
+            node.state = state
+            self._bytes += state.nbytes
         self._touch(node)
         self._evict()
 

@@ -13,6 +13,8 @@ from mlx_mtp_backend.depth import Acceptance
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.processors import Processors
 
+_JOINED = 64  # rounds without drafts whose hiddens become one array, so that a long reply does not keep thousands
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -85,8 +87,11 @@ class Sequence:
 
     def keep_pending(self, carried: mx.array) -> None:
         """Note trunk hiddens [m, hidden size] of newly committed slots for the head."""
-        if self.head:
-            self.pending.append(carried)
+        if not self.head:
+            return
+        self.pending.append(carried)
+        if len(self.pending) >= _JOINED and self.pending[-_JOINED].shape[0] < _JOINED:
+            self.pending[-_JOINED:] = [mx.concatenate(self.pending[-_JOINED:])]
 
     def count(self, drafted: int, accepted: int) -> None:
         self.depths += [0] * (drafted + 1 - len(self.depths))

@@ -124,7 +124,15 @@ class Worker:
                 detail = f"{job.params.model!r} was unloaded while the request waited"
                 self._end(job, FinishReason.ERROR, EngineError(ErrorReason.MODEL_NOT_LOADED, detail))
                 continue
+            self._start(job, resident)
+
+    def _start(self, job: Job, resident: Resident) -> None:
+        try:
             job.start(resident, self._prefixes)
+        except Exception:
+            log.exception("a reply could not be started")
+            self._end(job, FinishReason.ERROR, _build_failure())
+        else:
             self._prefilling.append(job)
 
     def _load_slice(self) -> None:

@@ -16,7 +16,11 @@ from mlx_mtp_backend import (
     Started,
     Statistics,
     WiringPolicy,
+    rounds,
 )
+from mlx_mtp_backend.api import Rule
+from mlx_mtp_backend.drafters import HeadDrafter
+from tests.conformance import decode
 from tests.engine.test_engine import tokens_of
 
 ADAPTIVE = LoadOptions(wiring=WiringPolicy.OFF, prefill_chunk=16)
@@ -138,3 +142,20 @@ def test_options_are_checked():
     ):
         with pytest.raises(EngineError):
             build()
+
+
+def test_a_long_reply_without_drafts_keeps_few_arrays_and_drafts_again(history):
+    """Hiddens that the head has missed are joined as they come."""
+    model = decode.load(history)
+    one = decode.start(model, PROMPT, 400, sampling=Sampling(0.8), seed=5, rule=Rule.COUPLING, depth=1)
+    decode.prefill(model, one)
+    one.depth = 0
+    for _ in range(300):
+        rounds.run_round(model, HeadDrafter(model), [one])
+    assert one.pending_rows == 301
+    assert len(one.pending) < 70
+    one.depth = 3
+    rounds.run_round(model, HeadDrafter(model), [one])
+    (plain,) = decode.generate(model, [PROMPT], 400, HeadDrafter(model), sampling=Sampling(0.8), depth=0, seed=5)
+    assert one.tokens == plain.tokens[: len(one.tokens)]
+    assert one.head[0].offset + one.pending_rows == len(one.tokens) - 1

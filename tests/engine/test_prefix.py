@@ -150,3 +150,21 @@ def test_a_planted_bug_is_caught(model, bug, old, new):
         except (RuntimeError, ValueError, AttributeError):
             caught = True
     assert caught
+
+
+def test_a_copy_that_fails_leaves_nothing(model, monkeypatch):
+    """Rows that were never computed must not be found by the next prompt."""
+    store, tokens = PrefixStore(PLENTY), prompt(4 * CHUNK + 1)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix.mx, "eval", fails)
+        with pytest.raises(RuntimeError):
+            one = decode.start(model, tokens, NEW, sampling=Sampling(0.9), seed=5, rule=Rule.COUPLING, depth=2)
+            one.prefilled = 2 * CHUNK
+            store.keep("m", one, CHUNK)
+    assert store.statistics.bytes == 0
+    cold = run(model, store, tokens)
+    assert (cold.cached, run(model, store, tokens).cached) == (0, 4 * CHUNK)
