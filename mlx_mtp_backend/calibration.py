@@ -60,14 +60,14 @@ class DepthMemory:
             return False
         try:
             depths.restore(stored)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             log.warning("what %s holds of %s is malformed and will be measured again", self._file, path.name)
             return False
         return True
 
     def keep(self, resident: Resident) -> None:
         """Remember what is known of a model."""
-        if self._file is None or resident.drafter is None:
+        if self._file is None or resident.drafter is None or resident.options.depth is not None:
             return
         self._stored[_key(resident.info.path, resident.info.fingerprint)] = resident.depths.to_json()
         try:

@@ -7,6 +7,7 @@ without drafts. No MLX here.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -119,7 +120,10 @@ class Costs:
         return [[*key, seconds] for key, seconds in sorted(self._believed.items())]
 
     def restore(self, stored: Sequence[Sequence[float]]) -> None:
-        self._believed = {(int(count), int(rows)): float(seconds) for count, rows, seconds in stored}
+        believed = {(int(count), int(rows)): float(seconds) for count, rows, seconds in stored}
+        if not all(0 < seconds < math.inf for seconds in believed.values()):
+            raise ValueError("a round takes a positive number of seconds")
+        self._believed = believed
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from mlx_mtp_backend.sequence import Sequence
 
 def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequences: list[Sequence]) -> Round:
     """One round, see rounds.run_round. Sequences whose depth is not fixed get the one that promises most now."""
+    _share(model, sequences)
     _assign(depths, sequences)
     missed = sum(_missed(one, one.depth) for one in sequences if one.depth)
     done = rounds.run_round(model, drafter, sequences)
@@ -21,6 +22,14 @@ def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequenc
     ]
     depths.observe(fates, done.seconds, caught_up=missed)
     return done
+
+
+def _share(model: Model, sequences: list[Sequence]) -> None:
+    """No sequence drafts more than the pass has rows for: beyond them a row's bits would depend on its neighbours."""
+    if model.most_rows is not None and model.most_segment_rows is not None:
+        most = min(model.most_segment_rows, model.most_rows // len(sequences)) - 1
+        for one in sequences:
+            one.most_depth = max(0, most)
 
 
 def _assign(depths: DepthController, sequences: list[Sequence]) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_mtp_backend.api import EngineOptions
 from mlx_mtp_backend.cache.base import copied
 from mlx_mtp_backend.device import memory_bytes
+from mlx_mtp_backend.host import evaluate
 from mlx_mtp_backend.sequence import Sequence
 
 Rows = list[tuple[mx.array, ...]]  # of each cache, trunk first
@@ -139,7 +140,7 @@ class PrefixStore:
         """Store the chunks of a sequence that has run whole chunks only, and the state behind the last one.
 
         Raises:
-            RuntimeError: the device failed; nothing was stored.
+            DeviceFailure: nothing was stored.
         """
         node, added = self._root(model, sequence), []
         for start in range(0, sequence.prefilled, chunk):
@@ -154,7 +155,7 @@ class PrefixStore:
             pending = copied(sequence.pending[-1]) if sequence.pending else None
             state = _State([cache.snapshot() for cache in sequence.caches], pending)
         # Evaluated now: a copy still to be made would hold on to the buffer, and the next pass copy it whole.
-        mx.eval([fresh.rows for fresh in added], state.snapshots, [] if state.pending is None else state.pending)
+        evaluate([fresh.rows for fresh in added], state.snapshots, [] if state.pending is None else state.pending)
         for fresh in added:
             assert fresh.parent is not None
             fresh.parent.children[fresh.tokens] = fresh

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_mtp_backend.api import GenerateParams
 from mlx_mtp_backend.grammar import Grammar, Mask
-from mlx_mtp_backend.host import ints
+from mlx_mtp_backend.host import evaluate, ints
 from mlx_mtp_backend.penalties import History, penalise
 
 _WORD = 32
@@ -96,7 +96,7 @@ def processed(logits: mx.array, parts: Sequence[tuple[Processors, slice, mx.arra
     awaited = [drafts for processors, _, drafts in parts if processors.looks_ahead and drafts is not None]
     if awaited:
         mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the pass runs while the masks are computed
-        mx.eval(awaited)
+        evaluate(awaited)
     logits = logits.astype(mx.float32)
     done, end = [], 0
     for processors, rows, drafts in parts:

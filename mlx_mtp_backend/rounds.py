@@ -18,16 +18,12 @@ from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
 from mlx_mtp_backend.drafters import Draft, Drafter, grouped
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
-from mlx_mtp_backend.host import flags, ints, table
+from mlx_mtp_backend.host import evaluate, flags, ints, table
 from mlx_mtp_backend.logprobs import Measured
 from mlx_mtp_backend.noise import Purpose
 from mlx_mtp_backend.processors import processed
 from mlx_mtp_backend.sampling import Law, joined
 from mlx_mtp_backend.sequence import Sequence
-
-
-class DeviceFailure(Exception):
-    """An evaluation failed: the caches of every sequence in that pass are lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +55,6 @@ class Round:
     @property
     def seconds(self) -> float:
         return self.seconds_draft + self.seconds_verify + self.seconds_commit
-
-
-def evaluate(arrays: list[mx.array]) -> None:
-    """mx.eval, with what the device throws made distinguishable."""
-    try:
-        mx.eval(arrays)
-    except RuntimeError as error:
-        raise DeviceFailure(str(error)[:200]) from error
 
 
 def prefill_chunk(model: Model, sequence: Sequence, chunk: int) -> Committed | None:

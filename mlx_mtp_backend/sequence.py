@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mtp_backend import cache
-from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.api import MAX_DEPTH, Rule, Sampling
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.depth import Acceptance
 from mlx_mtp_backend.families.base import Model
@@ -27,6 +27,7 @@ class Sequence:
         tokens: prompt and committed tokens.
         limit: the length at which the sequence must stop.
         depth: drafts a round; of the next one, where `acceptance` is given.
+        most_depth: drafts that the next pass has room for.
         acceptance: how likely its drafts are kept; None where the depth is fixed.
         boundaries: lengths of the prompt up to which others are likely to share it.
         cached: prompt tokens that the prefix cache held.
@@ -47,6 +48,7 @@ class Sequence:
     depth: int
     trunk: list[LayerCache]
     head: list[LayerCache]
+    most_depth: int = MAX_DEPTH
     acceptance: Acceptance | None = None
     boundaries: tuple[int, ...] = ()
     prefilled: int = 0
@@ -65,7 +67,7 @@ class Sequence:
     @property
     def round_depth(self) -> int:
         """Drafts for the next round: no more than could be committed beside the round's own token."""
-        return max(0, min(self.depth, self.limit - len(self.tokens) - 1)) if self.head else 0
+        return max(0, min(self.depth, self.most_depth, self.limit - len(self.tokens) - 1)) if self.head else 0
 
     @property
     def rounds(self) -> int:
@@ -91,7 +93,9 @@ class Sequence:
             return
         self.pending.append(carried)
         if len(self.pending) >= _JOINED and self.pending[-_JOINED].shape[0] < _JOINED:
-            self.pending[-_JOINED:] = [mx.concatenate(self.pending[-_JOINED:])]
+            joined = mx.concatenate(self.pending[-_JOINED:])
+            mx.async_eval(joined)  # type: ignore[no-untyped-call]  # else it keeps every pass whole that it is made of
+            self.pending[-_JOINED:] = [joined]
 
     def count(self, drafted: int, accepted: int) -> None:
         self.depths += [0] * (drafted + 1 - len(self.depths))
@@ -120,4 +124,16 @@ def start(
     """A sequence that nothing has been run for. Without drafts ever to make, the head is left out for good."""
     head = model.head_caches() if depth > 0 or acceptance is not None else []
     trunk = model.trunk_caches()
-    return Sequence(list(prompt), len(prompt), limit, sampling, seed, rule, depth, trunk, head, acceptance, boundaries)
+    return Sequence(
+        list(prompt),
+        len(prompt),
+        limit,
+        sampling,
+        seed,
+        rule,
+        depth,
+        trunk,
+        head,
+        acceptance=acceptance,
+        boundaries=boundaries,
+    )

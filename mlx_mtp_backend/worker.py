@@ -16,12 +16,13 @@ from mlx_mtp_backend.api import EngineOptions, FinishReason, LoadProgress
 from mlx_mtp_backend.calibration import DepthMemory
 from mlx_mtp_backend.drafters import Draft, Drafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.host import DeviceFailure
 from mlx_mtp_backend.job import Job
 from mlx_mtp_backend.loading import Resident
 from mlx_mtp_backend.mailbox import Board, Close, Command, Inbox, Load, Submit, Unload
 from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
-from mlx_mtp_backend.rounds import Committed, DeviceFailure
+from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,9 @@ class Worker:
             self._prefill(ready)
         for resident in list(self._residents.values()):
             jobs = [job for job in self._decoding if job.resident is resident and job.paused is None]
-            if jobs:
-                self._decode(resident, jobs)
+            most = resident.model.most_rows or len(jobs) or 1
+            for first in range(0, len(jobs), most):
+                self._decode(resident, jobs[first : first + most])
         self._board.decoding = len(self._decoding) + len(self._prefilling)
 
     def _patience(self) -> float | None:
@@ -201,7 +203,7 @@ class Worker:
         chunk = job.resident.options.prefill_chunk
         try:
             done = rounds.prefill_chunk(job.resident.model, job.sequence, chunk)
-            if self._prefixes.wants(job.sequence, chunk):
+            if (done is None or done.error is None) and self._prefixes.wants(job.sequence, chunk):
                 self._prefixes.keep(job.params.model, job.sequence, chunk)
         except DeviceFailure as error:
             self._lose([job], error)
@@ -223,17 +225,19 @@ class Worker:
         """One round for the jobs of a model. A round that cannot be built is tried again for each job alone, without
         drafts; only a job that fails even so ends."""
         try:
-            self._round(resident, resident.drafter or NoDrafter(), jobs)
+            done = self._round(resident, resident.drafter or NoDrafter(), jobs)
         except DeviceFailure as error:
             self._lose(jobs, error)
         except Exception:
             log.exception("a round could not be built; trying its sequences alone")
             for job in jobs:
                 self._decode_alone(resident, job)
+        else:
+            self._deliver(jobs, done)
 
     def _decode_alone(self, resident: Resident, job: Job) -> None:
         try:
-            self._round(resident, NoDrafter(), [job])
+            done = self._round(resident, NoDrafter(), [job])
         except DeviceFailure as error:
             self._lose([job], error)
         except EngineError as error:
@@ -241,10 +245,15 @@ class Worker:
         except Exception:
             log.exception("a sequence cannot go on even alone")
             self._end(job, FinishReason.ERROR, _build_failure())
+        else:
+            self._deliver([job], done)
 
-    def _round(self, resident: Resident, drafter: Drafter, jobs: list[Job]) -> None:
+    def _round(self, resident: Resident, drafter: Drafter, jobs: list[Job]) -> Round:
         sequences = [job.sequence for job in jobs if job.sequence is not None]
-        done = paced_round(resident.model, drafter, resident.depths, sequences)
+        return paced_round(resident.model, drafter, resident.depths, sequences)
+
+    def _deliver(self, jobs: list[Job], done: Round) -> None:
+        """Outside of what is tried again: these tokens are committed."""
         for job, committed in zip(jobs, done.committed, strict=True):
             job.timed(done)
             self._take(job, committed)
@@ -252,7 +261,14 @@ class Worker:
     def _take(self, job: Job, committed: Committed) -> None:
         if committed.error is not None:
             self._end(job, FinishReason.ERROR, committed.error)
-        elif job.emit(committed.tokens, committed.logprobs):
+            return
+        try:
+            ended = job.emit(committed.tokens, committed.logprobs)
+        except Exception:  # the tokenizers library raises plain Exception; no other reply may suffer for it
+            log.exception("a reply's text could not be told")
+            self._end(job, FinishReason.ERROR, _build_failure())
+            return
+        if ended:
             self._forget(job)
 
     def _lose(self, jobs: list[Job], error: DeviceFailure) -> None:
@@ -261,6 +277,9 @@ class Worker:
         for job in jobs:
             detail = "the device failed while it computed this reply"
             self._end(job, FinishReason.ERROR, EngineError(ErrorReason.DEVICE_FAILURE, detail))
+        # A device may report a failure one call late: what was stored just before may be junk.
+        for model in {job.params.model for job in jobs}:
+            self._prefixes.forget(model)
         _release_memory()
 
     def _end(self, job: Job, reason: FinishReason, error: EngineError | None = None) -> None:

@@ -44,7 +44,8 @@ class Model(Protocol):
     """A loaded model. Calls build graphs and wait for nothing, though a pass may begin; caches are in a transaction.
 
     Attributes:
-        most_rows: of a decode or verify pass, beyond which it has no fast path; None: no such limit.
+        most_rows: of a decode or verify pass, beyond which a row's bits are others; None: no such limit.
+        most_segment_rows: likewise of one sequence.
         kernels: names and versions of custom kernels in use, "none" for stock operations; part of the fingerprint.
         sampler: draws a token a row from `logits`, see mtp_kernels.sampler.sample; None: by stock operations.
     """
@@ -53,6 +54,7 @@ class Model(Protocol):
     hidden_size: int
     has_head: bool
     most_rows: int | None
+    most_segment_rows: int | None
     kernels: str
     sampler: Callable[[mx.array, mx.array], mx.array] | None
 

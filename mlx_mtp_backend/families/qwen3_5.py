@@ -65,6 +65,7 @@ class Qwen35:
         self.hidden_size: int = text.args.hidden_size
         self.has_head = head is not None
         self.most_rows: int | None = None
+        self.most_segment_rows: int | None = None
         self.kernels = "none"
         self.sampler: Callable[[mx.array, mx.array], mx.array] | None = None
 

@@ -30,6 +30,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     fused_layer,
     product,
 )
+from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.
 _SPAN = 16
@@ -63,7 +64,7 @@ class FusedQwen35(Qwen35):
         # On Metal it has not been timed against stock operations.
         case = sampler_case(self.vocab_size, self._dtype)
         self.sampler = selection.optional(case) if platform() != "metal" else None
-        self.most_rows = MAX_PASS_ROWS
+        self.most_rows, self.most_segment_rows = MAX_PASS_ROWS, MAX_SEGMENT_ROWS
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = not selection.failed
@@ -114,7 +115,7 @@ class FusedQwen35(Qwen35):
             else:
                 x = decoder_rows(stock, x, segments, index)
             mx.async_eval(x)  # type: ignore[no-untyped-call]
-            mx.eval(before)
+            evaluate(before)
             before = x
         normed = self.text.model.norm(x)[0]
         return Hidden(normed, normed if self.seed_norm is Norm.POST else x[0])

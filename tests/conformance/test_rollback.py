@@ -11,7 +11,7 @@ from mlx_mtp_backend.api import Sampling
 from mlx_mtp_backend.cache import delta, kv
 from mlx_mtp_backend.drafters import HeadDrafter
 from mlx_mtp_backend.families.base import Segment
-from mlx_mtp_backend.rounds import evaluate
+from mlx_mtp_backend.host import evaluate
 from tests.conformance import decode
 from tests.conformance.planting import planted
 
