@@ -192,6 +192,11 @@ class Lifecycle:
         model = self.scheduler.models.get(key)
         return (len(model.running), len(model.line)) if model else (0, 0)
 
+    def idle(self, key: str) -> bool:
+        """Whether nobody uses the model, waits for it or holds it."""
+        model = self.scheduler.models.get(key)
+        return model is None or model.idle
+
     def phase(self, key: str) -> Phase:
         """Where a model stands."""
         return self.scheduler.phase(key)

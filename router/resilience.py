@@ -82,10 +82,10 @@ class Breaker:
         """A first token came."""
         self.failures, self.openings, self.opened, self.probing = 0, 0, None, False
 
-    def failed(self, now: float) -> None:
-        """The backend failed."""
+    def failed(self, now: float, *, probe: bool = False) -> None:
+        """The backend failed; `probe`: the one request that tried it."""
         self.failures += 1
-        if self.probing or (self.opened is None and self.failures >= self.limit):
+        if probe or (self.opened is None and self.failures >= self.limit):
             self.opened, self.openings, self.probing = now, self.openings + 1, False
 
     def undecided(self) -> None:
@@ -140,23 +140,25 @@ class Resilience:
         begin, attempt = self._now(), 0
         while True:
             breaker = self._admit(name)
+            probe = breaker.probing  # no other request passes while one tries
             started = False
             try:
                 async with aclosing(backend.generate(entry, request)) as events:
                     async for event in events:
                         if not started and isinstance(event, Started):
-                            started = True
+                            started, probe = True, False
                             self._succeeded(name, breaker)
                         yield event
                 return
             except RouterError as error:
                 if _is_failure(error):
-                    self._failed(name, breaker)
+                    self._failed(name, breaker, probe=probe)
                 if started or attempt >= self._settings.retries or not _worth_another(error):
                     raise
                 reason = error.reason.value
             finally:
-                breaker.undecided()
+                if probe:
+                    breaker.undecided()
             delay = FIRST_DELAY * DELAY_GROWTH**attempt * random.uniform(0.8, 1.2)
             attempt += 1
             logger.info("retry %d of %s in %.2f s, after %s", attempt, entry.name, delay, reason)
@@ -190,9 +192,9 @@ class Resilience:
             logger.warning("%s answers again", name)
             self._noted(BreakerState.CLOSED.value, name)
 
-    def _failed(self, name: str, breaker: Breaker) -> None:
+    def _failed(self, name: str, breaker: Breaker, *, probe: bool) -> None:
         openings = breaker.openings
-        breaker.failed(self._now())
+        breaker.failed(self._now(), probe=probe)
         if breaker.openings > openings:
             logger.warning(
                 "%s has failed %d times in a row: left alone for %g s", name, breaker.failures, breaker.length

@@ -173,8 +173,8 @@ class RouterServer:
                 raise RouterError(ErrorReason.DRAINING, "the server is shutting down")
             found = await self._reader.read(self._dispatcher)
             for name, backend in found.backends.items():
-                await self._start_backend(backend)
                 self._dispatcher.backends[name] = backend
+                await asyncio.shield(self._start_backend(backend))  # where the caller leaves, it goes on
             return await refresh(self._dispatcher, found.catalog, found.needs_restart)
 
     def _generate_service(self) -> GenerateService:

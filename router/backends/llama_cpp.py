@@ -37,6 +37,7 @@ from router.domain import (
 )
 from router.lifecycle import Lifecycle, Seat
 from router.line import Ticket
+from router.scheduler import Phase
 from router.settings import LlamaCppSettings
 
 # Failures after which the child is looked at: it may have ended or hang.
@@ -199,7 +200,8 @@ class LlamaCppBackend:
         if served is None:
             return
         await self._lifecycle.unload(served.seat.key, model.name, force=force)
-        if served.runner.state is not ModelState.READY:
+        # A request that came meanwhile may have begun to load it again: that goes on.
+        if self._lifecycle.phase(served.seat.key) is Phase.COLD and served.runner.state is not ModelState.READY:
             await served.runner.unload()  # it has failed, or restarts: nothing of that is left
         self._forget(model.name)
 
@@ -212,7 +214,7 @@ class LlamaCppBackend:
         served = self._models.get(name)
         if served is None or served.runner.state is not ModelState.COLD:
             return
-        if self._lifecycle.counts(served.seat.key) == (0, 0):
+        if self._lifecycle.idle(served.seat.key):
             del self._models[name]
             self._restarts += served.runner.restarts
 

@@ -57,10 +57,12 @@ def test_it_opens_after_failures_in_a_row_lets_one_try_and_pauses_longer_each_ti
     assert breaker.refusal(1.0) is not None
     breaker.undecided()  # it left
     assert breaker.refusal(1.0) is None
-    breaker.failed(1.0)
+    breaker.failed(0.9)  # of a request from before
+    assert breaker.refusal(1.0) is not None
+    breaker.failed(1.0, probe=True)
     assert breaker.refusal(2.9) == pytest.approx(0.1)
     assert breaker.refusal(3.0) is None
-    breaker.failed(3.0)
+    breaker.failed(3.0, probe=True)
     assert breaker.length == 3.0  # not four
     breaker.recovered(3.1)
     assert breaker.refusal(3.1) is None
@@ -131,6 +133,24 @@ async def test_an_open_breaker_spares_the_backend_and_one_request_tries_it() -> 
     assert await ask(resilience, backend) == answer("Hello")  # the next one tries, and closes it
     assert noted == ["open", "half_open", "half_open", "closed"]
     assert resilience.states() == {"scripted": BreakerState.CLOSED}
+
+
+async def test_who_was_there_before_it_opened_lets_no_second_request_try() -> None:
+    clock = 0.0
+    resilience = Resilience(ResilienceSettings(retries=0, failures=1), now=lambda: clock)
+    backend = Flaky([30.0], BROKEN, [30.0])
+    early = asyncio.create_task(ask(resilience, backend))
+    await asyncio.sleep(0.01)
+    await reason(resilience, backend)
+    clock = 1.0
+    probe = asyncio.create_task(ask(resilience, backend))
+    await asyncio.sleep(0.01)
+    early.cancel()
+    await asyncio.gather(early, return_exceptions=True)
+    assert (await reason(resilience, backend)).metadata["failures"] == "1"
+    assert len(backend.requests) == 3
+    probe.cancel()
+    await asyncio.gather(probe, return_exceptions=True)
 
 
 async def test_states_and_full_lines_open_nothing() -> None:

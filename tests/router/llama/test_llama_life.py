@@ -177,6 +177,25 @@ async def test_preload_and_unload(make_backend, script_file: Path) -> None:  # t
 # Cancelling
 
 
+@pytest.mark.parametrize("who", ["count", "answer"])
+async def test_who_comes_while_it_is_dropped_has_it_loaded_again_once(make_backend, script_file: Path, spawned, who) -> None:  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    backend, model, request = make_backend(), entry(script_file), counting(stop=SHORT)
+
+    async def ask() -> None:
+        await (backend.count_tokens(model, request) if who == "count" else collect(backend, model, request))
+
+    await ask()
+    dropping = asyncio.create_task(backend.unload(model, force=False))
+    while backend.model_state(model) is not ModelState.UNLOADING:
+        await asyncio.sleep(0)
+    await ask()
+    await dropping
+    await ask()
+    assert len(spawned) == 2
+    await backend.close()
+    assert all(gone(child.pid) for child in spawned)
+
+
 async def test_a_cancel_while_decoding_frees_the_slot(make_backend, slow_file: Path) -> None:  # type: ignore[no-untyped-def]
     backend, model = make_backend(), entry(slow_file, context_length=4096)
     async with aclosing(backend.generate(model, counting())) as events:
