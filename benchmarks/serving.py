@@ -1,4 +1,4 @@
-"""The engine as a server on this machine: many streams, a long chat's second turn, a long prompt beside short replies.
+"""The engine on this machine: many streams, a long chat's second turn, a long prompt beside short replies.
 
     python benchmarks/serving.py [streams] [turn] [gap] [--json FILE]
 
@@ -22,7 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from mlx_mtp_backend import (  # noqa: E402
+import mlx.core as mx  # noqa: E402
+
+from mlx_mtp_backend import (  # noqa: E402  # noqa: E402
     Delta,
     Engine,
     EngineOptions,
@@ -31,7 +33,14 @@ from mlx_mtp_backend import (  # noqa: E402
     LoadOptions,
     Sampling,
     WiringPolicy,
+    rounds,
+    sequence,
 )
+from mlx_mtp_backend.api import Rule  # noqa: E402
+from mlx_mtp_backend.depth import DepthController  # noqa: E402
+from mlx_mtp_backend.drafters import HeadDrafter  # noqa: E402
+from mlx_mtp_backend.families import qwen3_5_load  # noqa: E402
+from mlx_mtp_backend.pacing import paced_round  # noqa: E402
 from mlx_mtp_backend.stream import Stream  # noqa: E402
 from mlx_mtp_backend.synthetic import Recipe, write  # noqa: E402
 
@@ -52,46 +61,78 @@ def finish(stream: Stream) -> tuple[tuple[int, ...], Finished]:
     return tuple(token for event in events if isinstance(event, Delta) for token in event.tokens), end
 
 
-def rate(engine: Engine, streams: int, tokens: int, depth: int | None, seed: int) -> tuple[float, list[Any]]:
-    """Tokens a second of so many streams together, from the last first token on, and their ends."""
-    prompts = [tuple(range(40 + 5 * n, 72 + 5 * n)) for n in range(streams)]
-    running = [engine.submit(params(prompt, tokens, depth=depth, seed=seed + n)) for n, prompt in enumerate(prompts)]
-    ends = [finish(stream)[1] for stream in running]
-    seconds = max(end.statistics.seconds_decode for end in ends)
-    return streams * tokens / seconds, ends
+def decode(model: Any, streams: int, tokens: int, seed: int, depths: DepthController | None) -> tuple[float, list[int]]:
+    """Tokens a second of so many streams together, prompts not timed, and the depths of their rounds.
+
+    Args:
+        depths: chooses them; None decodes plainly.
+    """
+    running = []
+    for n in range(streams):
+        one = sequence.start(
+            model,
+            tuple(range(40 + 5 * n, 72 + 5 * n)),
+            sampling=SAMPLING,
+            seed=seed + n,
+            rule=Rule.COUPLING,
+            depth=0,
+            limit=32 + tokens,
+            acceptance=depths.sequence() if depths else None,
+        )
+        while one.prefilling:
+            rounds.prefill_chunk(model, one, 256)
+        running.append(one)
+    drafter, controller, left = HeadDrafter(model), depths or DepthController(), running
+    started = time.perf_counter()
+    while left:
+        paced_round(model, drafter, controller, left)
+        left = [one for one in left if len(one.tokens) < one.limit]
+    seconds = time.perf_counter() - started
+    used = [depth for one in running for depth, count in enumerate(one.depths) for _ in range(count)]
+    return streams * (tokens - 1) / seconds, used
+
+
+def loaded(path: Path) -> Any:
+    """A model as the engine loads it on this device."""
+    steps = qwen3_5_load.load(path, LoadOptions(), mx.float32 if mx.default_device().type == mx.cpu else None)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
 
 
 def many_streams(folder: Path, options: argparse.Namespace) -> list[Row]:
-    """Depths chosen by the engine over plain decoding, for each acceptance and number of streams."""
+    """Depths chosen round by round over plain decoding, for each acceptance and number of streams."""
+    if mx.default_device().type == mx.cpu:
+        mx.disable_compile()  # as the engine does there
     rows = []
     for acceptance in ACCEPTANCES:
         recipe = Recipe(kind="pass-through", acceptance=acceptance, layers=options.layers, width=options.width)
-        path = write(folder / f"accept-{acceptance}", recipe)
-        with Engine(EngineOptions(max_streams=max(STREAMS), prefix_cache_bytes=0)) as engine:
-            engine.load("model", path, LoadOptions(wiring=WiringPolicy.OFF)).result()
-            for streams in STREAMS:
-                rate(engine, streams, options.tokens, None, 0)  # learns what rounds of so many cost
-                ratios, depths = [], []
-                for repetition in range(options.repetitions):
-                    plain, _ = rate(engine, streams, options.tokens, 0, repetition)
-                    auto, ends = rate(engine, streams, options.tokens, None, repetition)
-                    again, _ = rate(engine, streams, options.tokens, 0, repetition)
-                    ratios.append(2 * auto / (plain + again))
-                    depths += [depth for end in ends for depth, n in enumerate(end.statistics.depths) for _ in range(n)]
-                row = {
-                    "acceptance": acceptance,
-                    "streams": streams,
-                    "auto_over_plain": statistics.median(ratios),
-                    "lowest": min(ratios),
-                    "highest": max(ratios),
-                    "mean_depth": statistics.mean(depths),
-                }
-                rows.append(row)
-                print(
-                    f"  {acceptance:>10}  {streams:>7}  {row['mean_depth']:>10.2f}  {row['auto_over_plain']:>12.2f}"
-                    f"  ({row['lowest']:.2f} to {row['highest']:.2f})",
-                    flush=True,
-                )
+        model, depths = loaded(write(folder / f"accept-{acceptance}", recipe)), DepthController()
+        for streams in STREAMS:
+            decode(model, streams, options.tokens, 0, depths)  # learns what rounds of so many cost
+            ratios, chosen = [], []
+            for repetition in range(options.repetitions):
+                plain, _ = decode(model, streams, options.tokens, repetition, None)
+                auto, used = decode(model, streams, options.tokens, repetition, depths)
+                again, _ = decode(model, streams, options.tokens, repetition, None)
+                ratios.append(2 * auto / (plain + again))
+                chosen += used
+            row = {
+                "acceptance": acceptance,
+                "streams": streams,
+                "auto_over_plain": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "mean_depth": statistics.mean(chosen),
+            }
+            rows.append(row)
+            print(
+                f"  {acceptance:>10}  {streams:>7}  {row['mean_depth']:>10.2f}  {row['auto_over_plain']:>12.2f}"
+                f"  ({row['lowest']:.2f} to {row['highest']:.2f})",
+                flush=True,
+            )
     return rows
 
 

@@ -24,6 +24,7 @@ HORIZON = 64  # rounds by which the head's catching up must have paid for itself
 _UNTIMED = 2  # rounds of each kind: they compile, and instantiate graphs
 _WINDOW, _ENOUGH = 9, 3  # timings kept of each kind of round, and how many a median needs
 _SEQUENCE_MEMORY, _MODEL_MEMORY = 0.97, 0.999  # what an observation still weighs a round later
+_REMEMBERED = 32.0  # rounds' worth of trust in what an earlier run saw
 _PRIOR_WEIGHT = 4.0  # rounds' worth of trust in the wider estimate
 
 
@@ -71,8 +72,10 @@ class Acceptance:
         return [list(pair) for pair in zip(self._tried, self._kept, strict=True)]
 
     def restore(self, stored: Sequence[Sequence[float]]) -> None:
-        self._tried = [float(tried) for tried, _ in stored]
-        self._kept = [float(kept) for _, kept in stored]
+        """Begins from what was remembered, with little weight: the files may be others."""
+        shrunk = [(float(tried), float(kept), min(1.0, _REMEMBERED / max(float(tried), 1.0))) for tried, kept in stored]
+        self._tried = [tried * share for tried, _, share in shrunk]
+        self._kept = [kept * share for _, kept, share in shrunk]
 
 
 class Costs:
@@ -209,7 +212,8 @@ class DepthController:
         elif self.costs.seen(sequences, rows):
             extra = max(seconds - (self.costs.seconds(sequences, rows) or 0.0), 0.0) / caught_up
             self._catch_up = 0.5 * (self._catch_up + extra) if self._catch_up else extra
-        self._credit = min(self._credit + PROBE_SHARE * seconds, 10 * PROBE_ROUNDS * seconds)
+        if any(stream.acceptance is not None for stream in streams):
+            self._credit = min(self._credit + PROBE_SHARE * seconds, 10 * PROBE_ROUNDS * seconds)
         if self._probe is not None:
             count, depth, left = self._probe
             self._probe = (count, depth, left - 1) if left > 1 and count == sequences else None

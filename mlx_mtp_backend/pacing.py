@@ -14,7 +14,7 @@ def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequenc
     """One round, see rounds.run_round. Sequences whose depth is not fixed get the one that promises most now."""
     _share(model, sequences)
     _assign(depths, sequences)
-    missed = sum(_missed(one, one.depth) for one in sequences if one.depth)
+    missed = sum(_missed(one, one.round_depth) for one in sequences if one.round_depth)
     done = rounds.run_round(model, drafter, sequences)
     fates = [
         Drafted(one.acceptance, committed.drafted, max(len(committed.tokens) - 1, 0))

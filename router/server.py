@@ -302,6 +302,8 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
         refreshes.add(task)
         task.add_done_callback(refreshes.discard)
 
+    if not _on_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     await server.start()
     # Of a terminal that was closed, the signal means what it says.
     loop.add_signal_handler(signal.SIGHUP, stop.set if _on_terminal() else hang_up)

@@ -34,6 +34,7 @@ from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.
 _SPAN = 16
+_MOST_COMPILED = 256  # functions, each of one span for segments of certain rows
 MAX_SEGMENT_ROWS = 8
 MAX_PASS_ROWS = matmul_kernel.MAX_ROWS
 
@@ -152,6 +153,8 @@ class FusedQwen35(Qwen35):
 
     def _compiled_pass(self, name: str | int, build: Callable[..., Any], rows: tuple[int, ...]) -> Callable[..., Any]:
         """The function of states and inputs for segments of these many rows."""
+        if len(self._compiled) >= _MOST_COMPILED:
+            self._compiled.clear()  # mixtures of fixed depths are without number
         if (name, rows) not in self._compiled:
             whole = partial(build, rows)
             self._compiled[name, rows] = mx.compile(whole) if self._compilable else whole

@@ -30,7 +30,7 @@ def describe(error: RouterCallError, target: str, *, begun: bool = False) -> str
     if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
         if begun:
             return f"the server at {target} is gone; the text so far is a prefix, not the answer"
-        return f"no server at {target}; start one with `mtp-router serve`"
+        return f"no server answers at {target}: none runs, or it is shutting down; `mtp-router serve` starts one"
     again = f"; try again in {error.retry_after:g} s" if error.retry_after is not None else ""
     return f"{error.reason or error.code.name}: {one_line(str(error))}{again}"
 
