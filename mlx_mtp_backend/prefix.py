@@ -128,12 +128,12 @@ class PrefixStore:
         self._tokens += sequence.cached
 
     def wants(self, sequence: Sequence, chunk: int) -> bool:
-        """Whether the state behind the chunk that was just run is one to keep: every RUNG chunks, behind the prompt's
-        last whole chunk, and behind the last one within each boundary that the request names."""
+        """Whether the state behind the chunk that was just run is one to keep: every RUNG chunks, behind the last whole
+        chunk before the prompt's last token, and behind the last one within each boundary that the request names."""
         done = sequence.prefilled
         if self._budget == 0 or done % chunk or done == 0:
             return False
-        ends = [*sequence.boundaries, sequence.prompt_length]
+        ends = [*sequence.boundaries, sequence.prompt_length - 1]
         return done % (RUNG * chunk) == 0 or any(done == end // chunk * chunk for end in ends)
 
     def keep(self, model: str, sequence: Sequence, chunk: int) -> None:
