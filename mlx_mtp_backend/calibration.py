@@ -6,16 +6,13 @@ import json
 import logging
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_mtp_backend import rounds, sequence
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
 from mlx_mtp_backend.depth import DepthController
 from mlx_mtp_backend.drafters import HeadDrafter
 from mlx_mtp_backend.families.base import Model
-
-if TYPE_CHECKING:
-    from mlx_mtp_backend.loading import Resident
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +62,11 @@ class DepthMemory:
             return False
         return True
 
-    def keep(self, resident: Resident) -> None:
+    def keep(self, path: Path, fingerprint: str, depths: DepthController) -> None:
         """Remember what is known of a model."""
-        if self._file is None or resident.drafter is None or resident.options.depth is not None:
+        if self._file is None:
             return
-        self._stored[_key(resident.info.path, resident.info.fingerprint)] = resident.depths.to_json()
+        self._stored[_key(path, fingerprint)] = depths.to_json()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_suffix(".tmp")

@@ -189,10 +189,15 @@ class Worker:
         else:
             with self._board.lock:
                 del self._board.models[command.name]
-            self._depth_memory.keep(self._residents.pop(command.name))
+            self._remember(self._residents.pop(command.name))
             self._prefixes.forget(command.name)
             _release_memory()
             command.result.set_result(None)
+
+    def _remember(self, resident: Resident) -> None:
+        """What a model's rounds cost, where its depth is chosen by that."""
+        if resident.drafter is not None and resident.options.depth is None:
+            self._depth_memory.keep(resident.info.path, resident.info.fingerprint, resident.depths)
 
     def _prefill(self, job: Job) -> None:
         """One chunk of the first job in line, which then goes to the end of the line."""
@@ -310,7 +315,7 @@ class Worker:
             self._end(job, FinishReason.ERROR, closed)
         self._loads.clear()
         for resident in self._residents.values():
-            self._depth_memory.keep(resident)
+            self._remember(resident)
         self._residents.clear()
         _release_memory()
 
