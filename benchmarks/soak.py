@@ -33,6 +33,7 @@ from router.client import AsyncClient, RouterCallError  # noqa: E402
 MESSAGES = [{"role": "user", "content": "one two three four five six seven eight"}]
 EXPECTED = MESSAGES[0]["content"] + " "
 MAX_SLOPE = 50.0  # bytes a request
+KEPT_IDLE = 6.0  # seconds after which the HTTP client no longer keeps an idle connection
 SAMPLES = 40  # looks at memory
 WARM_UP = 0.25  # share of the requests before the slope is taken
 
@@ -102,6 +103,11 @@ class Soak:
         else:
             self.came["whole" if text == EXPECTED else "CUT SHORT WITHOUT AN ERROR"] += 1
 
+    async def settle(self) -> None:
+        """A few requests one after another: the HTTP client closes idle connections when it next needs one."""
+        for _ in range(20):
+            await self.one("read")
+
     async def kill(self) -> None:
         """SIGKILL, and another double in its place."""
         async with self._at_kill:
@@ -127,14 +133,15 @@ async def run(arguments: argparse.Namespace) -> int:
     async with service({"sick": double}, parallel=8, max_queued=1000) as (client, backends):
         backend = backends["sick"]
         soak = Soak(client, double, arguments)
-        for _ in range(20):
-            await soak.one("read")
+        await soak.settle()
         looks = []
         for _ in range(20):  # the watch over the double asks it now and then
             await asyncio.sleep(0.1)
             looks.append(counts(backend))
         before = {name: max(look[name] for look in looks) for name in looks[0]}
         await asyncio.gather(*(soak.worker() for _ in range(arguments.at_once)))
+        await asyncio.sleep(KEPT_IDLE)
+        await soak.settle()
         after = counts(backend)
         for _ in range(100):
             if all(after[name] <= before[name] for name in before):
