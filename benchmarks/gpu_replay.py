@@ -1,7 +1,7 @@
 """Replay through the engine on this GPU: `python benchmarks/gpu_replay.py`; exits 1 on a failure.
 
 A small checkpoint whose logits depend on every token is loaded as the service would load it. Each seeded request is
-answered plainly, alone, and then at every depth, all depths at once; the tokens must be the same.
+answered plainly, alone, and then at every depth, all at once, and eight times at depth 4; the tokens must be the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mlx_mtp_backend.engine import Engine  # noqa: E402
 from mlx_mtp_backend.stream import Stream  # noqa: E402
 from mlx_mtp_backend.synthetic import Recipe, write  # noqa: E402
 
-DEPTHS = (1, 2, 3, 4)
+# What runs together: every depth, some deeper than a pass takes rows of one sequence; and more rows than a pass takes.
+CROWDS = ((1, 2, 3, 4, 8, 16), (4,) * 8)
 SAMPLINGS = {"greedy": Sampling(0.0), "0.6, top-p 0.95": Sampling(0.6, top_p=0.95), "1.0": Sampling(1.0)}
 PROMPTS = [tuple((41 * i + 7 * n) % 690 for i in range(n)) for n in (3, 40, 300)]
 NEW = 96
@@ -45,9 +46,10 @@ def differing(engine: Engine, sampling: Sampling) -> tuple[int, int]:
             return engine.submit(params)
 
         plain = tokens(ask(0))
-        together = [ask(depth) for depth in DEPTHS]
-        wrong += sum(tokens(stream) != plain for stream in together)
-    return wrong, len(PROMPTS) * len(DEPTHS)
+        for crowd in CROWDS:
+            together = [ask(depth) for depth in crowd]
+            wrong += sum(tokens(stream) != plain for stream in together)
+    return wrong, len(PROMPTS) * sum(len(crowd) for crowd in CROWDS)
 
 
 def main() -> None:
