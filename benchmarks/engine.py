@@ -43,7 +43,7 @@ def measure(folder: Path, acceptance: float, options: argparse.Namespace) -> lis
         folder / str(acceptance),
         Recipe(kind="pass-through", acceptance=acceptance, layers=options.layers, width=options.width),
     )
-    model = _load(path)
+    model = load(path)
     stock, _ = mlx_lm.utils.load_model(path)
     stock.set_dtype(mx.float32)
     mx.eval(stock.parameters())
@@ -65,13 +65,15 @@ def measure(folder: Path, acceptance: float, options: argparse.Namespace) -> lis
     ]
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """A checkpoint's model, in float32 on a CPU and as stored elsewhere."""
     import mlx.core as mx
 
     from mlx_mtp_backend.api import LoadOptions
-    from mlx_mtp_backend.families.qwen3_5_load import load
+    from mlx_mtp_backend.families import qwen3_5_load
 
-    steps = load(path, LoadOptions(), mx.float32)
+    dtype = mx.float32 if mx.default_device().type == mx.cpu else None
+    steps = qwen3_5_load.load(path, LoadOptions(), dtype)
     while True:
         try:
             next(steps)

@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import mlx.core as mx  # noqa: E402
 
-from mlx_mtp_backend import (  # noqa: E402  # noqa: E402
+from benchmarks.engine import load  # noqa: E402
+from mlx_mtp_backend import (  # noqa: E402
     Delta,
     Engine,
     EngineOptions,
@@ -39,7 +40,6 @@ from mlx_mtp_backend import (  # noqa: E402  # noqa: E402
 from mlx_mtp_backend.api import Rule  # noqa: E402
 from mlx_mtp_backend.depth import DepthController  # noqa: E402
 from mlx_mtp_backend.drafters import HeadDrafter  # noqa: E402
-from mlx_mtp_backend.families import qwen3_5_load  # noqa: E402
 from mlx_mtp_backend.pacing import paced_round  # noqa: E402
 from mlx_mtp_backend.stream import Stream  # noqa: E402
 from mlx_mtp_backend.synthetic import Recipe, write  # noqa: E402
@@ -92,16 +92,6 @@ def decode(model: Any, streams: int, tokens: int, seed: int, depths: DepthContro
     return streams * (tokens - 1) / seconds, used
 
 
-def loaded(path: Path) -> Any:
-    """A model as the engine loads it on this device."""
-    steps = qwen3_5_load.load(path, LoadOptions(), mx.float32 if mx.default_device().type == mx.cpu else None)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
-
-
 def many_streams(folder: Path, options: argparse.Namespace) -> list[Row]:
     """Depths chosen round by round over plain decoding, for each acceptance and number of streams."""
     if mx.default_device().type == mx.cpu:
@@ -109,7 +99,7 @@ def many_streams(folder: Path, options: argparse.Namespace) -> list[Row]:
     rows = []
     for acceptance in ACCEPTANCES:
         recipe = Recipe(kind="pass-through", acceptance=acceptance, layers=options.layers, width=options.width)
-        model, depths = loaded(write(folder / f"accept-{acceptance}", recipe)), DepthController()
+        model, depths = load(write(folder / f"accept-{acceptance}", recipe)), DepthController()
         for streams in STREAMS:
             decode(model, streams, options.tokens, 0, depths)  # learns what rounds of so many cost
             ratios, chosen = [], []

@@ -243,4 +243,7 @@ class DepthController:
         """Begins from what was remembered. Raises ValueError, TypeError or KeyError where it is malformed."""
         self.costs.restore(stored["costs"])
         self.acceptance.restore(stored["acceptance"])
-        self._catch_up = float(stored["catch_up"])
+        catch_up = float(stored["catch_up"])
+        if not 0 <= catch_up < math.inf:
+            raise ValueError("catching up takes a number of seconds")
+        self._catch_up = catch_up
