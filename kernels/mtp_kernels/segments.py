@@ -35,7 +35,11 @@ class Segments:
 
 
 def launch_size(count: int) -> int:
-    """The number of sequences that a launch for `count` of them is compiled for. Raises ValueError above the largest."""
+    """The number of sequences that a launch for `count` of them is compiled for.
+
+    Raises:
+        ValueError: more than a launch takes.
+    """
     size = next((size for size in LAUNCH_SIZES if size >= count), None)
     if size is None:
         raise ValueError(f"{count} sequences: a launch takes at most {LAUNCH_SIZES[-1]}")
