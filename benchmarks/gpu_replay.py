@@ -2,12 +2,15 @@
 
 A small checkpoint whose logits depend on every token is loaded as the service would load it. Each seeded request is
 answered plainly, alone, and then at every depth, all at once, and eight times at depth 4; the tokens must be the same.
+So must those after a prompt of 16,384 tokens, which only the depths together are asked to answer.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +24,12 @@ from mlx_mtp_backend.stream import Stream  # noqa: E402
 from mlx_mtp_backend.synthetic import Recipe, write  # noqa: E402
 
 # What runs together: every depth, some deeper than a pass takes rows of one sequence; and more rows than a pass takes.
-CROWDS = ((1, 2, 3, 4, 8, 16), (4,) * 8)
+DEPTHS, MANY = (1, 2, 3, 4, 8, 16), (4,) * 8
 SAMPLINGS = {"greedy": Sampling(0.0), "0.6, top-p 0.95": Sampling(0.6, top_p=0.95), "1.0": Sampling(1.0)}
-PROMPTS = [tuple((41 * i + 7 * n) % 690 for i in range(n)) for n in (3, 40, 300)]
-NEW = 96
+Prompt = tuple[int, ...]
+PROMPTS: list[Prompt] = [tuple((41 * i + 7 * n) % 690 for i in range(n)) for n in (3, 40, 300)]
+LONG_PROMPT: Prompt = tuple((41 * i + i // 690) % 690 for i in range(16_384))
+NEW = 64
 
 
 def tokens(stream: Stream) -> tuple[int, ...]:
@@ -36,37 +41,46 @@ def tokens(stream: Stream) -> tuple[int, ...]:
     return tuple(token for event in events if isinstance(event, Delta) for token in event.tokens)
 
 
-def differing(engine: Engine, sampling: Sampling) -> tuple[int, int]:
+def differing(
+    engine: Engine, sampling: Sampling, prompts: Sequence[Prompt], crowds: Sequence[Sequence[int]]
+) -> tuple[int, int]:
     """Replies that are not their plain ones, and replies compared."""
     wrong = 0
-    for seed, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(prompts):
 
-        def ask(depth: int, prompt: tuple[int, ...] = prompt, seed: int = seed) -> Stream:
+        def ask(depth: int, prompt: Prompt = prompt, seed: int = seed) -> Stream:
             params = GenerateParams("model", prompt, NEW, sampling, seed, depth, ignore_eos=True)
             return engine.submit(params)
 
         plain = tokens(ask(0))
-        for crowd in CROWDS:
+        for crowd in crowds:
             together = [ask(depth) for depth in crowd]
             wrong += sum(tokens(stream) != plain for stream in together)
-    return wrong, len(PROMPTS) * sum(len(crowd) for crowd in CROWDS)
+    return wrong, len(prompts) * sum(len(crowd) for crowd in crowds)
 
 
 def main() -> None:
     if platform() == "cpu":
         sys.exit("benchmarks/gpu_replay.py needs a GPU that MLX runs on")
-    failed = False
+    failed, started = False, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Engine() as engine:
-        recipe = Recipe(kind="history", hidden=256, width=384, head_dim=256, linear_dim=128)
+        recipe = Recipe(kind="history", hidden=256, width=384, head_dim=256, linear_dim=128, context=1 << 15)
         model = engine.load("model", write(Path(folder), recipe)).result()
         print(f"kernels: {model.kernels}; {model.stock_because or 'none fell back'}")
         print(f"replay: {model.replay} ({model.replay_reason})")
-        print(f"fingerprint: {model.fingerprint}", flush=True)
+        print(f"fingerprint: {model.fingerprint}")
+        print(f"loaded in {time.perf_counter() - started:.0f} s", flush=True)
         failed |= model.stock_because is not None or model.replay is not Replay.EXACT
         for name, sampling in SAMPLINGS.items():
-            wrong, compared = differing(engine, sampling)
-            print(f"temperature {name}: {wrong} of {compared} replies differ from plain decoding", flush=True)
-            failed |= wrong > 0
+            for where, prompts, crowds in (
+                ("", PROMPTS, (DEPTHS, MANY)),
+                (" after 16,384 tokens", [LONG_PROMPT], (DEPTHS,)),
+            ):
+                wrong, compared = differing(engine, sampling, prompts, crowds)
+                elapsed = time.perf_counter() - started
+                told = f"{wrong} of {compared} replies{where} differ from plain decoding"
+                print(f"temperature {name}: {told} ({elapsed:.0f} s)", flush=True)
+                failed |= wrong > 0
     sys.exit(failed)
 
 
