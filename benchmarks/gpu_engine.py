@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import random
 import statistics
 import sys
 import time
@@ -31,11 +30,12 @@ import mlx.core as mx  # noqa: E402
 from mtp_kernels.registry import Registry  # noqa: E402
 
 from benchmarks.gpu_models import SHAPES, build, sharpen  # noqa: E402
+from benchmarks.imposed import Decks  # noqa: E402
 from mlx_mtp_backend import rounds, sequence  # noqa: E402
 from mlx_mtp_backend.api import Rule, Sampling  # noqa: E402
 from mlx_mtp_backend.calibration import calibrate  # noqa: E402
 from mlx_mtp_backend.depth import DepthController  # noqa: E402
-from mlx_mtp_backend.drafters import Draft, HeadDrafter  # noqa: E402
+from mlx_mtp_backend.drafters import Draft, Drafter, HeadDrafter  # noqa: E402
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused  # noqa: E402
 from mlx_mtp_backend.pacing import paced_round  # noqa: E402
 
@@ -50,12 +50,16 @@ Row = dict[str, Any]
 
 
 class ImposedDrafter:
-    """The head's passes with other drafts: the known continuation, each kept with a set chance."""
+    """The head's passes with other drafts: the known continuation, and a wrong token behind those to be kept."""
 
     def __init__(self, head: HeadDrafter, vocab_size: int) -> None:
         self._head, self._vocab_size = head, vocab_size
-        self._rng = random.Random(0)
         self.known: dict[tuple[int, int], list[int]] = {}  # by seed and first token of the prompt
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        """The next rounds are the first of a run, which meets the law by itself."""
+        self._decks = Decks(ACCEPTANCE)
 
     def draft(self, sequences: list[sequence.Sequence]) -> list[Draft | None]:
         paid_for = self._head.draft(sequences)
@@ -66,11 +70,8 @@ class ImposedDrafter:
     def _exchanged(self, one: sequence.Sequence, head: Draft) -> Draft:
         start, known = len(one.tokens), self.known[one.seed, one.tokens[0]]
         right = known[start : start + head.tokens.shape[0]]
-        chances = [now / before for before, now in zip((1.0, *ACCEPTANCE), ACCEPTANCE, strict=False)]
-        tokens = [
-            token if self._rng.random() < chance else (token + 1) % self._vocab_size
-            for token, chance in zip(right, chances, strict=False)
-        ]
+        kept = self._decks.draw(one.seed, len(right))
+        tokens = [(token + (place >= kept)) % self._vocab_size for place, token in enumerate(right)]
         return Draft(mx.depends(mx.array(tokens, mx.int32), [head.tokens]), head.law)
 
 
@@ -111,7 +112,8 @@ class Bench:
     def __init__(self, model: FusedQwen35, watch: Watch) -> None:
         self.model, self.watch = model, watch
         self.head = HeadDrafter(model)
-        self.drafter = ImposedDrafter(self.head, model.vocab_size)
+        self.imposed = ImposedDrafter(self.head, model.vocab_size)
+        self.drafter: Drafter = self.imposed
         self.depths = DepthController(model.most_rows)
         for _ in calibrate(model, self.head, self.depths):
             pass
@@ -134,6 +136,7 @@ class Bench:
         ends = [len(one.tokens) + tokens for one in streams]
         before = sum(len(one.tokens) for one in streams)
         self.watch.waits, self.watch.waited = 0, 0.0
+        self.imposed.shuffle()
         done: list[rounds.Round] = []
         rows = 0
         mx.synchronize()
@@ -161,12 +164,12 @@ class Bench:
         """Plain decoding; what it emits is what drafters are told."""
         row = self.run(streams, tokens)
         for one in streams:
-            self.drafter.known[one.seed, one.tokens[0]] = list(one.tokens)
+            self.imposed.known[one.seed, one.tokens[0]] = list(one.tokens)
         return row
 
     def replayed(self, streams: Sequence[sequence.Sequence]) -> bool:
         """Whether each is the beginning of its plain reply."""
-        return all(one.tokens == self.drafter.known[one.seed, one.tokens[0]][: len(one.tokens)] for one in streams)
+        return all(one.tokens == self.imposed.known[one.seed, one.tokens[0]][: len(one.tokens)] for one in streams)
 
 
 def alone(bench: Bench, sampling: Sampling, tokens: int, depths: Sequence[int]) -> dict[str, Row]:
@@ -191,10 +194,10 @@ def rejection(bench: Bench, tokens: int, depth: int = 3) -> Row:
     """One stream under rejection with the head's own drafts and laws; what a round costs, and what it would give at the
     imposed acceptance."""
     one = bench.start(0, NUCLEUS, tokens * 4, depth, Rule.REJECTION)
-    imposed, bench.drafter = bench.drafter, bench.head  # type: ignore[assignment]
+    bench.drafter = bench.head
     bench.run([one], 12)
     row = bench.run([one], tokens // 3)
-    bench.drafter = imposed
+    bench.drafter = bench.imposed
     expected = 1 + sum(ACCEPTANCE[:depth])
     return row | {"tokens_per_second": expected / row["round_ms"] * 1e3, "tokens_per_round": expected}
 

@@ -1,13 +1,13 @@
 """Greedy MTP rounds with imposed acceptance, accepted on the device.
 
 The drafter runs the real head, then replaces its tokens: by the plain continuation, known from an earlier plain run, or
-by a wrong token where the imposed law says so. So the head's cost is real, acceptance is the one asked for, and the
-tokens must equal the plain run's exactly. Round n + 1 is built before the host has read how many rows round n kept.
+by a wrong token where the imposed law says so. So the head's cost is real, as many rounds keep a draft as the law says,
+and the tokens must equal the plain run's exactly. Round n + 1 is built before the host has read how many rows round n
+kept.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from unittest.mock import patch
 import mlx.core as mx
 from mtp_kernels.launch import host_ints
 
+from benchmarks.imposed import kept_drafts
 from mlx_mtp_backend.cache import LayerCache, begin, commit
 from mlx_mtp_backend.families import qwen3_5_fused_cache
 from mlx_mtp_backend.families.base import Segment
@@ -156,11 +157,11 @@ def run(
 
     Args:
         continuation: the plain run's tokens, from the sequence's newest token on; enough for all rounds.
-        acceptance: probability that draft i and all before it are kept.
+        acceptance: share of the rounds in which draft i and all before it are kept.
     """
-    depth, rng = len(acceptance), random.Random(0)
+    depth = len(acceptance)
     known = mx.array(list(continuation), dtype=mx.int32)
-    right = [mx.array([rng.random() < c for c in _conditional(acceptance)]) for _ in range(rounds)]
+    right = [mx.arange(depth) < kept for kept in kept_drafts(acceptance, rounds)]
     steps = mx.arange(1, depth + 1)
     newest, cursor = sequence.following, mx.array([0])
     mx.eval(known, right, steps, newest, cursor)
@@ -197,8 +198,3 @@ def _row(rows: mx.array, index: int | mx.array) -> mx.array:
     """rows[index] as [1, width] for an index on the device; a masked sum, which unlike a gather compiles nothing."""
     picked = mx.arange(rows.shape[0])[:, None] == index
     return mx.sum(mx.where(picked, rows, mx.zeros_like(rows)), axis=0, keepdims=True)
-
-
-def _conditional(cumulative: Sequence[float]) -> list[float]:
-    """Probability that draft i is kept, given that all before it were."""
-    return [now / before for before, now in zip([1.0, *cumulative], cumulative, strict=False)]
