@@ -11,8 +11,10 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+from mtp_kernels.few_row_attention import Context
 from mtp_kernels.few_row_matmul import counters
 from mtp_kernels.gated_delta import DeltaState
+from mtp_kernels.segments import Segments
 
 from benchmarks.gpu_rounds import Prefilled
 from mlx_mtp_backend.cache import begin, commit
@@ -29,7 +31,7 @@ _VIEWS = {
 def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[str, float]:
     """Microseconds a step by kind of launch; chains run alone, so their sum need not equal the step."""
     start = sequence.carried[:1] * mx.ones((rows, 1), sequence.carried.dtype)
-    states = pass_states(Segment(sequence.trunk, rows))
+    states, segments = pass_states(Segment(sequence.trunk, rows)), Segments.of((rows,))
     deltas = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedDelta)]
     attentions = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedAttention)]
 
@@ -50,8 +52,8 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
     def attention(x: mx.array) -> mx.array:
         for layer, (keys, values, tail, position) in attentions:
             own = mx.zeros((rows, layer.shape.width), x.dtype) + x[:, :1]
-            queries, tail = layer.prepare(own, tail, position, layer.shape)
-            x = layer.attend(queries, keys, values, tail, position, own)
+            queries, (tail,) = layer.prepare(own, [tail], [position], segments, layer.shape)
+            x = layer.attend(queries, [Context(keys, values, tail, position)], segments, own)
         return x
 
     chains = {

@@ -20,6 +20,7 @@ from mtp_kernels.few_row_attention.probe import case as attention_case
 from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
 from mtp_kernels.registry import Selection
+from mtp_kernels.segments import Segments
 
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Segment, split_rows
@@ -130,12 +131,12 @@ class FusedDelta:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
+        self, x: mx.array, states: Sequence[Arrays], segments: Segments, work: mx.array | None
     ) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
         outputs, after = [], []
-        for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
-            fresh = projected if len(parts) == 1 else projected[part]
+        for (recurrent, window, pending, keep), part in zip(states, segments.slices, strict=True):
+            fresh = projected if len(states) == 1 else projected[part]
             state = delta_kernel.DeltaState(recurrent, window, pending)
             y, recurrent, window = self.run(fresh, state, keep, self.weights)
             outputs.append(y)
@@ -185,16 +186,17 @@ class FusedAttention:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
+        self, x: mx.array, states: Sequence[Arrays], segments: Segments, work: mx.array | None
     ) -> tuple[mx.array, list[Arrays]]:
         projected = self.enter(x)
-        outputs, after = [], []
-        for (keys, values, tail, position), part in zip(states, parts, strict=True):
-            own = projected if len(parts) == 1 else projected[part]
-            queries, tail = self.prepare(own, tail, position, self.shape)
-            outputs.append(self.attend(queries, keys, values, tail, position, own))
-            after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
+        positions = [position for _, _, _, position in states]
+        queries, tails = self.prepare(projected, [tail for _, _, tail, _ in states], positions, segments, self.shape)
+        contexts = [
+            attention_kernel.Context(keys, values, tail, position)
+            for (keys, values, _, position), tail in zip(states, tails, strict=True)
+        ]
+        mixed = self.attend(queries, contexts, segments, projected)
+        return self.mlp(self.leave(mixed, residual=x), work), [[tail] for tail in tails]
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

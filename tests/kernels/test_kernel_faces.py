@@ -15,6 +15,7 @@ from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gat
 from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.few_row_matmul.plan import THREADS, TILE_FEATURES, TILE_ROWS, WARPS, plan
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
+from mtp_kernels.segments import Segments
 
 FOLDER = Path(mtp_kernels.__file__).parent
 KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "sampler"]
@@ -112,16 +113,23 @@ def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
 
 
 def test_attention_inputs_refuse() -> None:
-    position, tail = mx.array([0, 0], dtype=mx.int32), mx.zeros((2, 2, 64, 256), BF16)
-    projected = mx.zeros((1, 12 * 256), BF16)
+    positions, tails = [mx.array([0, 0], dtype=mx.int32)] * 2, [mx.zeros((2, 2, 64, 256), BF16)] * 2
+    projected, segments = mx.zeros((3, 12 * 256), BF16), Segments.of((1, 2))
+    run, shape = attention_inputs.attention_inputs, attention_shape()
     with pytest.raises(ValueError, match="projected is"):
-        attention_inputs.attention_inputs(projected[:, :-1], tail, position, attention_shape())
+        run(projected[:, :-1], tails, positions, segments, shape)
+    with pytest.raises(ValueError, match="projected is"):
+        run(projected[:2], tails, positions, segments, shape)
+    with pytest.raises(ValueError, match="1 tails and 2 positions for 2 sequences"):
+        run(projected, tails[:1], positions, segments, shape)
+    with pytest.raises(ValueError, match="each has 1 to 64"):
+        run(projected, tails, positions, Segments.of((0, 3)), shape)
     with pytest.raises(ValueError, match="tail is"):
-        attention_inputs.attention_inputs(projected, tail[:, :, :-1], position, attention_shape())
+        run(projected, [tails[0], tails[1][:, :, :-1]], positions, segments, shape)
     with pytest.raises(ValueError, match="position"):
-        attention_inputs.attention_inputs(projected, tail, position[:1], attention_shape())
+        run(projected, tails, [positions[0], positions[1][:1]], segments, shape)
     with pytest.raises(ValueError, match="48 rotary"):
-        attention_inputs.attention_inputs(projected, tail, position, attention_shape(rotary=48))
+        run(projected, tails, positions, segments, attention_shape(rotary=48))
 
 
 @pytest.mark.parametrize(
@@ -131,21 +139,39 @@ def test_attention_inputs_refuse() -> None:
         ("keys", (2, 2, 64, 256), "keys are"),
         ("values", (1, 2, 32, 256), "values"),
         ("tail", (2, 2, 32, 256), "tail is"),
-        ("projected", (1, 256), "projected is"),
-        ("queries", (33, 4, 256), "exceed 64"),
+        ("position", (3,), "position"),
+        ("projected", (3, 256), "projected is"),
+        ("queries", (2, 4, 256), "queries are"),
     ],
 )
 def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> None:
+    """The second of two sequences is at fault where it can be."""
     shapes = {
-        "queries": (1, 4, 256),
+        "queries": (3, 4, 256),
         "keys": (1, 2, 64, 256),
         "values": (1, 2, 64, 256),
         "tail": (2, 2, 64, 256),
-        "projected": (1, 12 * 256),
-    } | {part: value}
-    q, k, v, tail, projected = (mx.zeros(s, BF16) for s in shapes.values())
+        "position": (2,),
+        "projected": (3, 12 * 256),
+    }
+
+    def arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
+        return {n: mx.zeros(s, mx.int32 if n == "position" else BF16) for n, s in shapes.items()}
+
+    good, bad = arrays(shapes), arrays(shapes | {part: value})
+    contexts = [few_row_attention.Context(*(a[n] for n in list(shapes)[1:5])) for a in (good, bad)]
     with pytest.raises(ValueError, match=message):
-        few_row_attention.few_row_attention(q, k, v, tail, mx.array([0, 0], dtype=mx.int32), projected)
+        few_row_attention.few_row_attention(bad["queries"], contexts, Segments.of((1, 2)), bad["projected"])
+
+
+def test_attention_refuses_more_rows_or_other_sequences() -> None:
+    keys, tail = mx.zeros((1, 2, 64, 256), BF16), mx.zeros((2, 2, 64, 256), BF16)
+    context = few_row_attention.Context(keys, keys, tail, mx.array([0, 0], dtype=mx.int32))
+    queries, projected = mx.zeros((34, 4, 256), BF16), mx.zeros((34, 12 * 256), BF16)
+    with pytest.raises(ValueError, match="exceed 64"):
+        few_row_attention.few_row_attention(queries, [context] * 2, Segments.of((1, 33)), projected)
+    with pytest.raises(ValueError, match="1 contexts for 2 sequences"):
+        few_row_attention.few_row_attention(queries, [context], Segments.of((17, 17)), projected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

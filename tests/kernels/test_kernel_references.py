@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta
 from mtp_kernels.few_row_matmul import Matrix
+from mtp_kernels.segments import Segments
 
 RNG = np.random.default_rng(0)
 
@@ -159,7 +160,8 @@ def test_attention_inputs(rotary: int) -> None:
     rows, base, first = RNG.normal(size=(3, shape.width)), 100, 107
     tail = RNG.normal(size=(2, 2, attention_inputs.TAIL, 256))
     as_mx = [mx.array(a.astype(np.float32)) for a in (rows, tail)]
-    q, new_tail = attention_inputs.reference(*as_mx, mx.array([base, first], dtype=mx.int32), shape)
+    position = mx.array([base, first], dtype=mx.int32)
+    q, (new_tail,) = attention_inputs.reference(as_mx[0], [as_mx[1]], [position], Segments.of((3,)), shape)
     want_q, want_tail = np.zeros((3, 4, 256)), tail.copy()
     for m, row in enumerate(rows):
         for head in range(4):
@@ -180,7 +182,8 @@ def test_attention(base: int) -> None:
     q, k, v, tail, projected = (RNG.normal(size=s) for s in shapes)
     as_mx = [mx.array(a.astype(np.float32)) for a in (q, k, v, tail)]
     position = mx.array([base, first], dtype=mx.int32)
-    got = few_row_attention.reference(*as_mx, position, mx.array(projected.astype(np.float32)))
+    context = few_row_attention.Context(*as_mx[1:], position)
+    got = few_row_attention.reference(as_mx[0], [context], Segments.of((rows,)), mx.array(projected.astype(np.float32)))
     want = np.zeros((rows, 4, 256))
     for m in range(rows):
         for head in range(4):
@@ -191,3 +194,28 @@ def test_attention(base: int) -> None:
             gate = projected[m, head * 512 + 256 : head * 512 + 512]
             want[m, head] = weights @ values / weights.sum() / (1 + np.exp(-gate))
     close(got, want.reshape(rows, -1))
+
+
+def test_attention_of_several_sequences_is_that_of_each_alone() -> None:
+    """References of both kernels, at lengths that differ."""
+    shape, segments = attention_shape(), Segments.of((2, 1, 3))
+    where = [(0, 0), (70, 71), (30, 60)]
+    projected = mx.random.normal((6, shape.width), key=mx.random.key(1))
+    tails = list(mx.random.normal((3, 2, 2, attention_inputs.TAIL, 256), key=mx.random.key(2)))
+    keys, values = mx.random.normal((2, 3, 1, 2, 96, 256), key=mx.random.key(3))
+    positions = [mx.array(pair, dtype=mx.int32) for pair in where]
+
+    def run(chosen: list[int], rows: mx.array, segments: Segments) -> list[mx.array]:
+        own_tails, own_positions = [tails[i] for i in chosen], [positions[i] for i in chosen]
+        q, after = attention_inputs.reference(rows, own_tails, own_positions, segments, shape)
+        contexts = [
+            few_row_attention.Context(keys[i], values[i], tail, positions[i])
+            for i, tail in zip(chosen, after, strict=True)
+        ]
+        return [few_row_attention.reference(q, contexts, segments, rows), *after]
+
+    together, *tails_together = run([0, 1, 2], projected, segments)
+    for own, part in enumerate(segments.slices):
+        alone, tail = run([own], projected[part], Segments.of((segments.counts[own],)))
+        assert mx.array_equal(together[part], alone)
+        assert mx.array_equal(tails_together[own], tail)

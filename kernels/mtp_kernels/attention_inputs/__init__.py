@@ -7,10 +7,12 @@ the long buffer, and dropping rows is a matter of the next pass's position.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from ..segments import Segments
 from . import metal
 from .reference import HEAD_DIM, AttentionShape, reference, rotate
 
@@ -45,40 +47,62 @@ def supported(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
     return None
 
 
-def check(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> None:
+def check(
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> None:
     """Raises ValueError when shapes or dtypes do not fit together."""
-    if projected.ndim != 2 or projected.shape[1] != shape.width or not 1 <= projected.shape[0] <= TAIL:
-        raise ValueError(f"projected is {projected.shape}, expected [1..{TAIL}, {shape.width}]")
-    if tail.shape != (2, shape.kv_heads, TAIL, HEAD_DIM) or tail.dtype != projected.dtype:
-        raise ValueError(f"tail is {tail.shape} {tail.dtype}, expected {(2, shape.kv_heads, TAIL, HEAD_DIM)}")
-    if position.shape != (2,) or position.dtype != mx.int32:
-        raise ValueError("position must be two int32")
+    if not len(tails) == len(positions) == len(segments.counts):
+        raise ValueError(f"{len(tails)} tails and {len(positions)} positions for {len(segments.counts)} sequences")
+    if not all(1 <= count <= TAIL for count in segments.counts):
+        raise ValueError(f"sequences of {segments.counts} rows: each has 1 to {TAIL}")
+    if projected.shape != (sum(segments.counts), shape.width):
+        raise ValueError(f"projected is {projected.shape}, expected {(sum(segments.counts), shape.width)}")
+    for tail, position in zip(tails, positions, strict=True):
+        if tail.shape != (2, shape.kv_heads, TAIL, HEAD_DIM) or tail.dtype != projected.dtype:
+            raise ValueError(f"tail is {tail.shape} {tail.dtype}, expected {(2, shape.kv_heads, TAIL, HEAD_DIM)}")
+        if position.shape != (2,) or position.dtype != mx.int32:
+            raise ValueError("position must be two int32")
 
 
 def attention_inputs(
-    projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape
-) -> tuple[mx.array, mx.array]:
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> tuple[mx.array, list[mx.array]]:
     """Prepares few rows of a gated attention layer.
 
     Args:
-        projected: `[M, width]` projections: q and gate per head, k, v.
-        tail: `[2, kv_heads, 64, 256]`, keys then values of positions position[0] onwards.
-        position: two int32: the first position in the tail, and that of the first new row. The caller keeps
-            position[1] + M - position[0] <= 64. May still be uncomputed.
+        projected: `[N, width]` projections of all sequences: q and gate per head, k, v.
+        tails: of each sequence `[2, kv_heads, 64, 256]`, keys then values of positions position[0] onwards.
+        positions: of each two int32: the first position in its tail, and that of its first new row. The caller keeps
+            position[1] + rows - position[0] <= 64. May still be uncomputed.
+        segments: which rows are whose.
         shape: the layer.
 
     Returns:
-        Queries `[M, heads, 256]`, and the tail with the new rows' keys and values.
+        Queries `[N, heads, 256]`, and each tail with its new rows' keys and values.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
     """
-    check(projected, tail, position, shape)
+    check(projected, tails, positions, segments, shape)
     reason = supported(shape, projected.dtype)
     if reason:
         raise ValueError(reason)
     if platform() == "metal":
-        return metal.launch(projected, tail, position, shape)
+        return metal.launch(projected, tails, positions, segments, shape)
+    own = zip(segments.slices, tails, positions, strict=True)
+    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
+    return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
+
+
+def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
     rows = projected.shape[0]
     body = f"""
   attention_inputs::run<{CUDA_TYPES[projected.dtype]}, {shape.rotary}, {TAIL}>(projected, tail, position, q_weight,

@@ -5,17 +5,20 @@ The first reduces fixed splits of 64 positions, the second joins a row's splits 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from ..attention_inputs import TAIL
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from ..segments import Segments
 from . import metal
-from .reference import HEAD_DIM, reference
+from .reference import HEAD_DIM, Context, reference
 
-__all__ = ["MAX_QUERIES", "VERSION", "check", "few_row_attention", "reference", "supported"]
+__all__ = ["MAX_QUERIES", "VERSION", "Context", "check", "few_row_attention", "reference", "supported"]
 
 MAX_QUERIES = 64
-"""Most rows times query heads per KV head in one pass."""
+"""Most rows of a sequence times query heads per KV head in one pass."""
 _SPLIT = 64
 _THREADS = 256
 _JOIN_THREADS = 1024
@@ -33,49 +36,65 @@ def supported(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> str 
     return None
 
 
-def check(queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, projected: mx.array) -> None:
+def check(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> None:
     """Raises ValueError when shapes or dtypes do not fit together."""
-    if queries.ndim != 3 or queries.shape[2] != HEAD_DIM:
-        raise ValueError(f"queries are {queries.shape}, expected [M, heads, {HEAD_DIM}]")
+    if not contexts or len(contexts) != len(segments.counts):
+        raise ValueError(f"{len(contexts)} contexts for {len(segments.counts)} sequences")
+    if queries.ndim != 3 or queries.shape[0] != sum(segments.counts) or queries.shape[2] != HEAD_DIM:
+        raise ValueError(f"queries are {queries.shape}, expected [{sum(segments.counts)}, heads, {HEAD_DIM}]")
     rows, heads, _ = queries.shape
-    if keys.ndim != 4 or keys.shape[0] != 1 or keys.shape[3] != HEAD_DIM or keys.shape != values.shape:
-        raise ValueError(f"keys are {keys.shape} and values {values.shape}, expected [1, kv_heads, C, {HEAD_DIM}]")
-    if tail.shape != (2, keys.shape[1], TAIL, HEAD_DIM):
-        raise ValueError(f"tail is {tail.shape}, expected {(2, keys.shape[1], TAIL, HEAD_DIM)}")
-    if rows * (heads // keys.shape[1]) > MAX_QUERIES:
-        raise ValueError(f"{rows} rows of {heads // keys.shape[1]} heads per KV head exceed {MAX_QUERIES}")
-    if projected.shape != (rows, 2 * (heads + keys.shape[1]) * HEAD_DIM):
-        raise ValueError(f"projected is {projected.shape}")
-    if any(a.dtype != queries.dtype for a in (keys, values, tail, projected)):
-        raise ValueError(f"keys, values, tail and projected must be {queries.dtype} like the queries")
+    kv_heads = contexts[0].keys.shape[1]
+    if projected.shape != (rows, 2 * (heads + kv_heads) * HEAD_DIM) or projected.dtype != queries.dtype:
+        raise ValueError(f"projected is {projected.shape} {projected.dtype}")
+    for context, count in zip(contexts, segments.counts, strict=True):
+        _check_context(context, kv_heads, queries.dtype)
+        if not 1 <= count * (heads // kv_heads) <= MAX_QUERIES:
+            raise ValueError(f"{count} rows of {heads // kv_heads} heads per KV head exceed {MAX_QUERIES}")
+
+
+def _check_context(context: Context, kv_heads: int, dtype: mx.Dtype) -> None:
+    keys, values, tail = context.keys, context.values, context.tail
+    if keys.shape != (1, kv_heads, keys.shape[2], HEAD_DIM) or keys.shape != values.shape:
+        raise ValueError(f"keys are {keys.shape} and values {values.shape}, expected [1, {kv_heads}, C, {HEAD_DIM}]")
+    if tail.shape != (2, kv_heads, TAIL, HEAD_DIM):
+        raise ValueError(f"tail is {tail.shape}, expected {(2, kv_heads, TAIL, HEAD_DIM)}")
+    if any(a.dtype != dtype for a in (keys, values, tail)):
+        raise ValueError(f"keys, values and tail must be {dtype} like the queries")
+    if context.position.shape != (2,) or context.position.dtype != mx.int32:
+        raise ValueError("position must be two int32")
 
 
 def few_row_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
+    queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array
 ) -> mx.array:
-    """Causal attention of the newest rows, gated.
+    """Causal attention of each sequence's newest rows, gated.
 
     Args:
-        queries: `[M, heads, 256]`, normed and rotated; the scale 256 ** -0.5 is applied here.
-        keys, values: `[1, kv_heads, C, 256]`; positions below position[0] are read from them.
-        tail: `[2, kv_heads, 64, 256]`, keys and values from position[0] on, the new rows' included.
-        position: two int32: first position in the tail, position of the first row.
+        queries: `[N, heads, 256]`, normed and rotated; the scale 256 ** -0.5 is applied here.
+        contexts: of each sequence; all have the same KV heads.
+        segments: which rows are whose.
         projected: the layer's projection rows, which hold the gates (see `attention_inputs`).
 
     Returns:
-        `[M, heads * 256]`, each head times the sigmoid of its gate.
+        `[N, heads * 256]`, each head times the sigmoid of its gate.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
     """
-    check(queries, keys, values, tail, projected)
-    rows, heads, _ = queries.shape
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
-    reason = supported(heads, kv_heads, queries.shape[2], queries.dtype)
+    check(queries, contexts, segments, projected)
+    reason = supported(queries.shape[1], contexts[0].keys.shape[1], queries.shape[2], queries.dtype)
     if reason:
         raise ValueError(reason)
     if platform() == "metal":
-        return metal.launch(queries, keys, values, tail, position, projected)
+        return metal.launch(queries, contexts, segments, projected)
+    own = zip(segments.slices, contexts, strict=True)
+    return mx.concatenate([_alone(queries[part], context, projected[part]) for part, context in own])
+
+
+def _alone(queries: mx.array, context: Context, projected: mx.array) -> mx.array:
+    keys, values, tail, position = context.keys, context.values, context.tail, context.position
+    rows, heads, _ = queries.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     splits = (capacity + TAIL - 1) // _SPLIT + 1
     kind = CUDA_TYPES[queries.dtype]
