@@ -84,28 +84,45 @@ def delta_weights() -> gated_delta.DeltaWeights:
     )
 
 
+def delta_call(counts: tuple[int, ...] = (1, 2), *, settle: bool = False, **changed: mx.array) -> object:
+    """Two sequences, or what is changed of them, through the face."""
+    arrays = {
+        "fresh": mx.zeros((3, 772), BF16),
+        "recurrent": mx.zeros((2, 2, 128, 128)),
+        "window": mx.zeros((2, 3, 512), BF16),
+        "tape": mx.zeros((2, 8, 772), BF16),
+        "keep": mx.array([0, 1], dtype=mx.int32),
+    } | changed
+    state = gated_delta.DeltaState(arrays["recurrent"], arrays["window"], arrays["tape"])
+    segments = Segments.of(counts)
+    return gated_delta.gated_delta(arrays["fresh"], state, arrays["keep"], delta_weights(), segments, settle=settle)
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("fresh", (2, 771), "fresh is"),
-        ("fresh", (0, 772), "fresh is"),
-        ("pending", (1, 771), "pending is"),
-        ("recurrent", (1, 128, 128), "recurrent is"),
-        ("window", (4, 512), "window is"),
+        ("fresh", mx.zeros((3, 771), BF16), "fresh is"),
+        ("fresh", mx.zeros((2, 772), BF16), "fresh is"),
+        ("tape", mx.zeros((2, 7, 772), BF16), "tape is"),
+        ("tape", mx.zeros((1, 8, 772), BF16), "tape is"),
+        ("recurrent", mx.zeros((2, 1, 128, 128)), "recurrent is"),
+        ("recurrent", mx.zeros((2, 2, 128, 128), BF16), "recurrent is"),
+        ("window", mx.zeros((2, 4, 512), BF16), "window is"),
+        ("keep", mx.array([0, 1], dtype=mx.float32), "keep is"),
+        ("keep", mx.array([0], dtype=mx.int32), "keep is"),
     ],
 )
-def test_gated_delta_refuses_shapes(part: str, value: tuple[int, ...], message: str) -> None:
-    shapes = {"fresh": (2, 772), "pending": (1, 772), "recurrent": (2, 128, 128), "window": (3, 512)} | {part: value}
-    arrays = {name: mx.zeros(s, mx.float32 if name == "recurrent" else BF16) for name, s in shapes.items()}
-    state = gated_delta.DeltaState(arrays["recurrent"], arrays["window"], arrays["pending"])
+def test_gated_delta_refuses_shapes(part: str, value: mx.array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gated_delta.gated_delta(arrays["fresh"], state, mx.array([0], dtype=mx.int32), delta_weights())
+        delta_call(**{part: value})
 
 
-def test_gated_delta_refuses_a_count_of_another_type() -> None:
-    state = gated_delta.DeltaState(mx.zeros((2, 128, 128)), mx.zeros((3, 512), BF16), mx.zeros((1, 772), BF16))
-    with pytest.raises(ValueError, match="keep"):
-        gated_delta.gated_delta(mx.zeros((1, 772), BF16), state, mx.array([0.0]), delta_weights())
+def test_gated_delta_refuses_rows_that_no_tape_holds() -> None:
+    fresh = mx.zeros((10, 772), BF16)
+    with pytest.raises(ValueError, match="a tape holds 8"):
+        delta_call((1, 9), fresh=fresh)
+    with pytest.raises(ValueError, match="at least one"):
+        delta_call((0, 10), fresh=fresh)
 
 
 def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
@@ -195,6 +212,7 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("few_row_matmul", "kTileRows") == TILE_FEATURES
     assert constant("gated_delta", "kThreads") == gated_delta._THREADS
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
+    assert constant("gated_delta", "kTape") == gated_delta.TAPE
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
     assert constant("few_row_attention", "kSplit") == few_row_attention._SPLIT
     assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS

@@ -110,13 +110,17 @@ def test_gated_delta(kept: int, settle: bool) -> None:
     pending, fresh = RNG.normal(size=(3, w.width)), RNG.normal(size=(2, w.width))
     window, state = RNG.normal(size=(3, w.channels)), RNG.normal(size=(4, 128, 128)) * 0.1
     as_mx = [mx.array(a.astype(np.float32)) for a in (state, window, pending, fresh)]
-    given_state = gated_delta.DeltaState(*as_mx[:3])
-    y, recurrent, new_window = gated_delta.reference(as_mx[3], given_state, mx.array([kept]), w, settle=settle)
+    recurrent, window_rows, tape = as_mx[:3]
+    tape = mx.concatenate([tape, mx.full((gated_delta.TAPE - 3, w.width), mx.nan)])
+    given_state = gated_delta.DeltaState(recurrent[None], window_rows[None], tape[None])
+    y, after = gated_delta.reference(as_mx[3], given_state, mx.array([kept]), w, Segments.of((2,)), settle=settle)
     outputs, states, history = numpy_delta(np.concatenate([pending[:kept], fresh]), window, state, w)
     close(y, outputs[kept:])
     settled = kept + 2 if settle else kept
-    close(recurrent, states[settled - 1] if settled else state)
-    close(new_window, history[settled : settled + 3])
+    close(after.recurrent[0], states[settled - 1] if settled else state)
+    close(after.window[0], history[settled : settled + 3])
+    if not settle:
+        close(after.tape[0, :2], fresh)
 
 
 @settings(max_examples=8, deadline=None)
@@ -126,17 +130,35 @@ def test_gated_delta_passes_equal_one_pass(sizes: list[int]) -> None:
     w = delta_weights(1, 2)
     total = sum(sizes)
     rows = mx.random.normal((total, w.width), key=mx.random.key(total))
-    start = gated_delta.DeltaState(mx.zeros((2, 128, 128)), mx.zeros((3, w.channels)), rows[:1])
-    want, want_state, _ = gated_delta.reference(rows, start, mx.array([0]), w, settle=True)
+    start = gated_delta.DeltaState.empty(w, mx.float32)
+    none = mx.array([0])
+    want, settled = gated_delta.reference(rows, start, none, w, Segments.of((total,)), settle=True)
     state, kept, outputs, at = start, 0, [], 0
     for size in sizes:
         fresh = rows[at : at + size]
-        y, recurrent, window = gated_delta.reference(fresh, state, mx.array([kept]), w)
+        y, state = gated_delta.reference(fresh, state, mx.array([kept]), w, Segments.of((size,)))
         outputs.append(y)
-        state, kept, at = gated_delta.DeltaState(recurrent, window, fresh), size, at + size
-    _, last, _ = gated_delta.reference(rows[:1], state, mx.array([kept]), w)
+        kept, at = size, at + size
+    _, last = gated_delta.reference(rows[:1], state, mx.array([kept]), w, Segments.of((1,)))
     assert mx.array_equal(mx.concatenate(outputs), want)
-    assert mx.array_equal(last, want_state)
+    assert mx.array_equal(last.recurrent, settled.recurrent)
+    assert mx.array_equal(last.window, settled.window)
+
+
+def test_gated_delta_of_several_sequences_is_that_of_each_alone() -> None:
+    w, segments, keep = delta_weights(1, 2), Segments.of((2, 1, 8)), mx.array([0, 8, 3])
+    shapes = [(3, 2, 128, 128), (3, 3, w.channels), (3, gated_delta.TAPE, w.width), (11, w.width)]
+    keys = mx.random.split(mx.random.key(4), 4)
+    *state, fresh = (mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True))
+    y, after = gated_delta.reference(fresh, gated_delta.DeltaState(*state), keep, w, segments)
+    for own, part in enumerate(segments.slices):
+        one = gated_delta.DeltaState(*(array[own : own + 1] for array in state))
+        rows = segments.counts[own]
+        alone, left = gated_delta.reference(fresh[part], one, keep[own : own + 1], w, Segments.of((rows,)))
+        assert mx.array_equal(y[part], alone)
+        assert mx.array_equal(after.recurrent[own], left.recurrent[0])
+        assert mx.array_equal(after.window[own], left.window[0])
+        assert mx.array_equal(after.tape[own, :rows], left.tape[0, :rows])
 
 
 def attention_shape(heads: int = 4, kv_heads: int = 2, rotary: int = 64) -> attention_inputs.AttentionShape:
