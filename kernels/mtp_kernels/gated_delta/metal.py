@@ -106,7 +106,8 @@ def launch(
     fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, segments: Segments, settle: bool
 ) -> tuple[mx.array, DeltaState]:
     """One launch; arguments are checked by the caller."""
-    constants = f"""
+    # MLX puts arrays of fewer than 8 elements into another address space, which makes it another text.
+    constants = f"""  // constant: {segments.starts.size < 8}, {keep.size < 8}
   using T = {METAL_TYPES[fresh.dtype]};
   constexpr int HV = {weights.value_heads}, HK = {weights.key_heads};
   constexpr bool SETTLE = {str(settle).lower()};
