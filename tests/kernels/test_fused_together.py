@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import pytest
@@ -186,6 +186,15 @@ def test_a_pass_of_several_sequences_launches_each_kernel_once_a_layer(
         assert counted.calls == {"recurrence": 2, "inputs": 3, "attention": 3}
 
 
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """MLX compiles, which whoever ran an engine on the CPU in this process may have ended."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
+
+
+@pytest.mark.usefixtures("compiling")
 def test_mixtures_of_rows_share_what_is_compiled(fused: FusedQwen35, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(fused, monkeypatch)
     streams = prefilled(fused)[:3]
