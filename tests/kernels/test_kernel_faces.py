@@ -214,11 +214,15 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
     assert constant("gated_delta", "kTape") == gated_delta.TAPE
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
-    assert constant("few_row_attention", "kSplit") == few_row_attention._SPLIT
+    splits = (few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG)
+    assert tuple(constant("few_row_attention", name) for name in ("kNear", "kShort", "kLong")) == splits
+    assert constant("few_row_attention", "kTile") == few_row_attention._TILE
     assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
     assert constant("sampler", "kThreads") == sampler._THREADS
     assert constant("sampler", "kWords") == sampler.WORDS
-    assert constant("few_row_attention", "kNodes") * few_row_attention.HEAD_DIM == few_row_attention._JOIN_THREADS
+    assert constant("few_row_attention", "kJoinDim") == few_row_attention._JOIN_DIM
+    threads = constant("few_row_attention", "kJoinWays") * few_row_attention._JOIN_DIM // 4
+    assert threads == few_row_attention._JOIN_THREADS
     assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
-from ..segments import Segments
+from ..segments import Segments, launch_size, numbered, of_sequence, padded
 from . import metal
 from .reference import HEAD_DIM, AttentionShape, reference, rotate
 
@@ -97,31 +97,44 @@ def attention_inputs(
         raise ValueError(reason)
     if platform() == "metal":
         return metal.launch(projected, tails, positions, segments, shape)
-    own = zip(segments.slices, tails, positions, strict=True)
-    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
-    return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
+    queries, after = [], []
+    for some in segments.launches():
+        own, new_tails = _launch(projected[some.rows], tails[some.own], positions[some.own], some.segments, shape)
+        queries.append(own)
+        after += new_tails
+    return mx.concatenate(queries), after
 
 
-def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
-    rows = projected.shape[0]
-    body = f"""
-  attention_inputs::run<{CUDA_TYPES[projected.dtype]}, {shape.rotary}, {TAIL}>(projected, tail, position, q_weight,
-      k_weight, queries, tail_out, projected_shape[0], {shape.heads}, {shape.kv_heads}, {shape.eps!r}f,
-      {math.log2(shape.theta)!r}f);
-"""
+def _launch(
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> tuple[mx.array, list[mx.array]]:
+    """One launch for sequences that it takes; spare inputs of its size repeat the first, spare outputs hold nothing."""
+    count = len(tails)
+    size = launch_size(count)
+    tail, position, tail_out = (of_sequence(name, size) for name in ("tail", "position", "tail_out"))
     kernel = cuda_launch(
         "attention_inputs",
         __file__,
-        body,
-        ("projected", "tail", "position", "q_weight", "k_weight"),
-        ("queries", "tail_out"),
+        f"""
+  const int sequence = blockIdx.y, row = starts[sequence];
+  attention_inputs::run<{CUDA_TYPES[projected.dtype]}, {shape.rotary}, {TAIL}>(projected, {tail}, {position}, q_weight,
+      k_weight, queries, {tail_out}, row, starts[sequence + 1] - row, {shape.heads}, {shape.kv_heads}, {shape.eps!r}f,
+      {math.log2(shape.theta)!r}f);
+""",
+        ("projected", "q_weight", "k_weight", "starts", *numbered("tail", size), *numbered("position", size)),
+        ("queries", *numbered("tail_out", size)),
     )
-    items = rows * (shape.heads + 2 * shape.kv_heads) + 2 * shape.kv_heads * TAIL
-    queries, new_tail = kernel(
-        inputs=[projected, tail, position, shape.q_norm, shape.k_norm],
-        output_shapes=[(rows, shape.heads, HEAD_DIM), tail.shape],
-        output_dtypes=[projected.dtype, tail.dtype],
-        grid=(-(-items // _WARPS) * _WARPS * 32, 1, 1),
+    spare = size - count
+    items = max(segments.counts) * (shape.heads + 2 * shape.kv_heads) + 2 * shape.kv_heads * TAIL
+    queries, *after = kernel(
+        inputs=[projected, shape.q_norm, shape.k_norm, segments.starts, *padded(tails, size), *padded(positions, size)],
+        output_shapes=[(projected.shape[0], shape.heads, HEAD_DIM), *[tails[0].shape] * count, *[(1,)] * spare],
+        output_dtypes=[projected.dtype] * (1 + size),
+        grid=(-(-items // _WARPS) * _WARPS * 32, count, 1),
         threadgroup=(_WARPS * 32, 1, 1),
     )
-    return queries, new_tail
+    return queries, after[:count]
