@@ -20,13 +20,26 @@ from mtp_kernels.few_row_attention.probe import case as attention_case
 from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
 from mtp_kernels.registry import Selection
+from mtp_kernels.segments import Segments
 
-from mlx_mtp_backend.cache import LayerCache
-from mlx_mtp_backend.families.base import Segment, split_rows
-from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache
+from mlx_mtp_backend.families.qwen3_5_fused_cache import DeltaArrays
 
-# What a layer's cache gives a pass and takes back from it.
-Arrays = list[mx.array]
+Settle = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What layers of a pass share.
+
+    Attributes:
+        segments: which rows are whose.
+        positions: of each sequence [2] int32, where its tails and where its new rows begin.
+        keep: [S] int32, how many rows of each sequence's last pass count; None where no layer is recurrent.
+    """
+
+    segments: Segments
+    positions: list[mx.array]
+    keep: mx.array | None
 
 
 class Unsupported(Exception):
@@ -130,30 +143,26 @@ class FusedDelta:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
-    ) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x)
-        outputs, after = [], []
-        for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
-            fresh = projected if len(parts) == 1 else projected[part]
-            state = delta_kernel.DeltaState(recurrent, window, pending)
-            y, recurrent, window = self.run(fresh, state, keep, self.weights)
-            outputs.append(y)
-            after.append([recurrent, window, fresh])
-        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
+        self, x: mx.array, state: DeltaArrays, where: Where, work: mx.array | None
+    ) -> tuple[mx.array, DeltaArrays]:
+        assert where.keep is not None
+        before = delta_kernel.DeltaState(*state)
+        y, after = self.run(self.enter(x), before, where.keep, self.weights, where.segments)
+        return self.mlp(self.leave(y, residual=x), work), [after.recurrent, after.window, after.tape]
 
-    def many_rows(
-        self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
-    ) -> mx.array:
+    def settle(self, rows: mx.array, before: DeltaArrays, keep: mx.array) -> tuple[mx.array, DeltaArrays]:
+        """Runs any number of projection rows of one sequence into its state: output rows, and that state."""
+        segments = Segments.of((rows.shape[0],))
+        y, after = self.run(rows, delta_kernel.DeltaState(*before), keep, self.weights, segments, settle=True)
+        return y, [after.recurrent, after.window, after.tape]
+
+    def many_rows(self, stock: DecoderLayer, x: mx.array, runs: Sequence[Settle], parts: Sequence[slice]) -> mx.array:
         """The layer without its MLP over normed rows [1, N, hidden], its recurrence in one launch a sequence."""
         net: GatedDeltaNet = stock.linear_attn
-        parts = [net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)]
-        projected = mx.concatenate(parts, axis=-1).squeeze(0)
-        outputs = []
-        for cache, part in zip(caches, split_rows(segments), strict=True):
-            assert isinstance(cache, FusedDeltaCache)
-            outputs.append(cache.run_many(projected[part]))
-        mixed: mx.array = net.out_proj(mx.expand_dims(_joined(outputs), 0))
+        projected = mx.concatenate([net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)], axis=-1)
+        rows = projected.squeeze(0)
+        outputs = mx.concatenate([run(rows[part]) for run, part in zip(runs, parts, strict=True)])
+        mixed: mx.array = net.out_proj(mx.expand_dims(outputs, 0))
         return mixed
 
 
@@ -185,20 +194,17 @@ class FusedAttention:
         self.mlp = FusedMLP(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
-    ) -> tuple[mx.array, list[Arrays]]:
+        self, x: mx.array, contexts: Sequence[list[mx.array]], where: Where, work: mx.array | None
+    ) -> tuple[mx.array, list[mx.array]]:
         projected = self.enter(x)
-        outputs, after = [], []
-        for (keys, values, tail, position), part in zip(states, parts, strict=True):
-            own = projected if len(parts) == 1 else projected[part]
-            queries, tail = self.prepare(own, tail, position, self.shape)
-            outputs.append(self.attend(queries, keys, values, tail, position, own))
-            after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
-
-
-def _joined(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+        before = [tail for _, _, tail in contexts]
+        queries, tails = self.prepare(projected, before, where.positions, where.segments, self.shape)
+        seen = [
+            attention_kernel.Context(keys, values, tail, position)
+            for (keys, values, _), tail, position in zip(contexts, tails, where.positions, strict=True)
+        ]
+        attended = self.attend(queries, seen, where.segments, projected)
+        return self.mlp(self.leave(attended, residual=x), work), tails
 
 
 def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> FusedDelta | FusedAttention:

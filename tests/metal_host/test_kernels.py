@@ -7,11 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mtp_kernels import few_row_matmul
-from mtp_kernels.few_row_attention import few_row_attention, reference
+from mtp_kernels.few_row_attention import Context, few_row_attention, reference
 from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.few_row_matmul.variants import CANDIDATES, Variant
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import Case, check, relative_error
+from mtp_kernels.segments import Segments
 
 from benchmarks.gpu_checks import attention_case, delta, inputs, matmul_case, matrix, sampler_case
 from tests.metal_host.host import Host
@@ -119,7 +120,10 @@ def test_attention_rows_that_cross_into_the_next_split(tally) -> None:
         return mx.concatenate(
             [
                 implementation(
-                    q[i : i + rows], k, v, tail, mx.array([40, 60 + i], dtype=mx.int32), projected[i : i + rows]
+                    q[i : i + rows],
+                    [Context(k, v, tail, mx.array([40, 60 + i], dtype=mx.int32))],
+                    Segments.of((min(rows, 7 - i),)),
+                    projected[i : i + rows],
                 )
                 for i in range(0, 7, rows)
             ]
