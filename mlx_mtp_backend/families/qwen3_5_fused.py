@@ -26,10 +26,9 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     Arrays,
     FusedAttention,
     FusedDelta,
-    Unsupported,
     fused_layer,
-    product,
 )
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
 from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.

@@ -13,7 +13,7 @@ from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused_or_stock
 from mlx_mtp_backend.families.qwen3_5_fused import fused as fused_model
-from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported
 
 TOKENS = mx.random.randint(0, 512, (96,), key=mx.random.key(3)).astype(mx.int32)
 # (rows of a pass, rows kept); the first is a prefill of which some rows are taken back.
