@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..few_row_matmul import Matrix
 from ..few_row_matmul import supported as matrices_supported
 from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, platform, source_text, version_of
+from . import metal
 from .reference import Experts, choose, reference, stock
 
 __all__ = ["MAX_ROWS", "VERSION", "Experts", "choose", "few_row_experts", "most_rows", "reference", "stock", "supported"]
@@ -20,7 +21,8 @@ __all__ = ["MAX_ROWS", "VERSION", "Experts", "choose", "few_row_experts", "most_
 MAX_ROWS = 32
 MAX_EXPERTS, MAX_TOP = 512, 16
 COMMON = ("tensor_core.cuh",)
-VERSION = version_of(*(source_text(__file__, name) for name in ("../tensor_core.cuh", "kernel.cu")))
+_SOURCES = ("../tensor_core.cuh", "../few_row_matmul/kernel.metal", "kernel.cu", "kernel.metal", "metal.py")
+VERSION = version_of(*(source_text(__file__, name) for name in _SOURCES))
 _TEAMS, _TEAM_WARPS, _ENTER_FEATURES = 4, 8, 8
 _ENTER_THREADS = _TEAMS * _TEAM_WARPS * 32
 _LEAVE_THREADS, _LEAVE_FEATURES = 512, 16
@@ -72,6 +74,8 @@ def few_row_experts(
         ValueError: a shape, dtype or combination that the kernel does not have.
     """
     _check(x, logits, experts, norm_weight)
+    if platform() == "metal":
+        return metal.launch(x, logits, experts, norm_weight, eps)
     return _leave(x, experts, *_enter(x, logits, experts, norm_weight, eps))
 
 
