@@ -64,9 +64,7 @@ class Shape:
 SHAPES = {
     "27b": Shape("27b", 5120, 17408, 64, 24, 4, 48, tied=False),
     "4b": Shape("4b", 2560, 9216, 32, 16, 4, 32, tied=True),
-    "35b-a3b": Shape(
-        "35b-a3b", 2048, 512, 40, 16, 2, 32, tied=False, experts=256, top=8, shared_intermediate=512
-    ),
+    "35b-a3b": Shape("35b-a3b", 2048, 512, 40, 16, 2, 32, tied=False, experts=256, top=8, shared_intermediate=512),
 }
 
 

@@ -16,7 +16,17 @@ from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocesso
 from . import metal
 from .reference import Experts, choose, reference, stock
 
-__all__ = ["MAX_ROWS", "VERSION", "Experts", "choose", "few_row_experts", "most_rows", "reference", "stock", "supported"]
+__all__ = [
+    "MAX_ROWS",
+    "VERSION",
+    "Experts",
+    "choose",
+    "few_row_experts",
+    "most_rows",
+    "reference",
+    "stock",
+    "supported",
+]
 
 MAX_ROWS = 32
 MAX_EXPERTS, MAX_TOP = 512, 16
@@ -49,9 +59,7 @@ def supported(experts: Experts, dtype: mx.Dtype) -> str | None:
 
 def most_rows(experts: Experts) -> int:
     """Rows that one call takes."""
-    return max(
-        (n for n in range(1, MAX_ROWS + 1) if _enter_bytes(n, experts) <= SHARED_MEMORY_BYTES), default=0
-    )
+    return max((n for n in range(1, MAX_ROWS + 1) if _enter_bytes(n, experts) <= SHARED_MEMORY_BYTES), default=0)
 
 
 def few_row_experts(
@@ -86,7 +94,9 @@ def _check(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.arra
     if x.ndim != 2 or not 1 <= x.shape[0] <= most or x.shape[1] != experts.hidden:
         raise ValueError(f"x is {x.shape}, expected [1..{most}, {experts.hidden}]")
     if logits.shape != (x.shape[0], experts.count + 1) or logits.dtype != mx.float32:
-        raise ValueError(f"logits are {logits.shape} {logits.dtype}, expected {(x.shape[0], experts.count + 1)} float32")
+        raise ValueError(
+            f"logits are {logits.shape} {logits.dtype}, expected {(x.shape[0], experts.count + 1)} float32"
+        )
     if norm_weight.shape != (experts.hidden,):
         raise ValueError(f"norm_weight is {norm_weight.shape}, expected {(experts.hidden,)}")
     sizes = {

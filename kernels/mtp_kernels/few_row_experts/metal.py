@@ -29,26 +29,27 @@ _ROUTE = """
   experts::list_experts<E, TOP, ROWS, SLOTS, THREADS>(chosen, sets, thread_id, slots, pairs);
 """
 _ENTER = """
-  const int tile = group * SIMDGROUPS + simdgroup, first = tile < SHARED_TILES ? tile * 2 : (tile - SHARED_TILES) % TILES * 2;
-  if (tile < SHARED_TILES) {
-    experts::enter<T, SHARED_BITS, SHARED_GROUP, HIDDEN, 1, false>(h, shared_gate, shared_up, size_t(first), pairs, 0,
-                                                                   ROWS, SHARED_WIDTH, first, lane, shared);
-  } else if (tile < SHARED_TILES + SLOTS * TILES) {
-    const experts::Slot slot = experts::slot_of(slots, (tile - SHARED_TILES) / TILES);
-    experts::enter<T, BITS, GROUP, HIDDEN, TOP, true>(h, gate, up, size_t(slot.expert) * WIDTH + first, pairs, slot.start,
-                                                      slot.count, WIDTH, first, lane, activated);
+  const int tile = group * SIMDGROUPS + simdgroup, own = tile - SHARED_TILES;
+  if (own < 0) {
+    experts::enter<T, SHARED_BITS, SHARED_GROUP, HIDDEN, 1, false>(
+        h, shared_gate, shared_up, size_t(tile * 2), pairs, 0, ROWS, SHARED_WIDTH, tile * 2, lane, shared);
+  } else {
+    const experts::Slot slot = experts::slot_of(slots, own / TILES);
+    const int first = own % TILES * 2;
+    experts::enter<T, BITS, GROUP, HIDDEN, TOP, true>(
+        h, gate, up, size_t(slot.expert) * WIDTH + first, pairs, slot.start, slot.count, WIDTH, first, lane, activated);
   }
 """
 _LEAVE = """
   threadgroup float made[ROWS * (TOP + 1) * 4];
   const int first = group * 4;
   if (simdgroup == 0)
-    experts::leave<T, SHARED_BITS, SHARED_GROUP, SHARED_WIDTH, false>(shared, shared_down, size_t(first), pairs, 0, ROWS,
-                                                                      lane, made + ROWS * TOP * 4);
+    experts::leave<T, SHARED_BITS, SHARED_GROUP, SHARED_WIDTH, false>(
+        shared, shared_down, size_t(first), pairs, 0, ROWS, lane, made + ROWS * TOP * 4);
   for (int i = simdgroup; i < SLOTS; i += SIMDGROUPS) {
     const experts::Slot slot = experts::slot_of(slots, i);
-    experts::leave<T, BITS, GROUP, WIDTH, true>(activated, down, size_t(slot.expert) * HIDDEN + first, pairs, slot.start,
-                                                slot.count, lane, made);
+    experts::leave<T, BITS, GROUP, WIDTH, true>(
+        activated, down, size_t(slot.expert) * HIDDEN + first, pairs, slot.start, slot.count, lane, made);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int i = thread_id; i < ROWS * 4; i += THREADS) {
@@ -82,6 +83,7 @@ def launch(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.arra
     matrices = {"gate": experts.gate, "up": experts.up}
     matrices |= {"shared_gate": experts.shared_gate, "shared_up": experts.shared_up}
     names, arrays, text = _named(matrices)
+    # Widths are multiples of 128, so no simdgroup is without a tile.
     tiles = (experts.shared_width + slots * experts.width) // _ENTER_FEATURES
     activated, shared = metal_launch(
         "experts_enter",
@@ -93,7 +95,7 @@ def launch(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.arra
         inputs=[h, slots_made, pairs_made, *arrays],
         output_shapes=[(pairs, experts.width), (rows, experts.shared_width)],
         output_dtypes=[kind, kind],
-        grid=(-(-tiles // _SIMDGROUPS) * _THREADS, 1, 1),
+        grid=(tiles // _SIMDGROUPS * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
     )
     names, arrays, text = _named({"down": experts.down, "shared_down": experts.shared_down})
@@ -122,7 +124,8 @@ def _constants(x: mx.array, experts: Experts, eps: float) -> str:
     rows = x.shape[0]
     return f"""
   using T = {METAL_TYPES[x.dtype]};
-  constexpr int ROWS = {rows}, E = {experts.count}, TOP = {experts.top}, SLOTS = {min(rows * experts.top, experts.count)};
+  constexpr int ROWS = {rows}, E = {experts.count}, TOP = {experts.top};
+  constexpr int SLOTS = {min(rows * experts.top, experts.count)};
   constexpr int HIDDEN = {experts.hidden}, WIDTH = {experts.width}, SHARED_WIDTH = {experts.shared_width};
   constexpr int TILES = WIDTH / 2, SHARED_TILES = SHARED_WIDTH / 2, SIMDGROUPS = {_SIMDGROUPS}, THREADS = {_THREADS};
   constexpr bool NORMALISED = {str(experts.normalised).lower()};

@@ -42,7 +42,9 @@ def case(experts: Experts, dtype: mx.Dtype) -> Case:
 
 def form(experts: Experts) -> str:
     """A block's shape as text."""
-    formats = [f"{m.bits}b g{m.group_size}" for m in (experts.gate, experts.down, experts.shared_gate, experts.shared_down)]
+    formats = [
+        f"{m.bits}b g{m.group_size}" for m in (experts.gate, experts.down, experts.shared_gate, experts.shared_down)
+    ]
     share = "" if experts.normalised else " unnormalised"
     sizes = f"{experts.top} of {experts.count} {experts.hidden}x{experts.width}+{experts.shared_width}"
     return f"{sizes} {', '.join(dict.fromkeys(formats))}{share}"

@@ -81,9 +81,7 @@ def choose(logits: mx.array, experts: Experts) -> tuple[mx.array, mx.array]:
     return picked, mx.concatenate([weights, mx.sigmoid(logits[:, experts.count :].astype(mx.float32))], axis=-1)
 
 
-def reference(
-    x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array, eps: float = 1e-6
-) -> mx.array:
+def reference(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array, eps: float = 1e-6) -> mx.array:
     """The definition of right for `few_row_experts`, computed in float32.
 
     Shapes and arguments as there. What one launch leaves for another, normed rows and the products of SwiGLU, is
@@ -153,6 +151,8 @@ def stock(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array
     return (x + out).astype(x.dtype)
 
 
-def _activated(x: mx.array, gate: Callable[..., mx.array], up: Callable[..., mx.array], down: Callable[..., mx.array]) -> mx.array:
+def _activated(
+    x: mx.array, gate: Callable[..., mx.array], up: Callable[..., mx.array], down: Callable[..., mx.array]
+) -> mx.array:
     projected = gate(x)
     return down(projected * mx.sigmoid(projected) * up(x))
