@@ -64,15 +64,15 @@ class FusedExperts:
     def _some(self, x: mx.array) -> mx.array:
         logits = [router(x) for router in self.routers]
         joined = logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=-1)
-        return self.run(x, joined, self.experts, self.norm, self.eps)
+        y: mx.array = self.run(x, joined, self.experts, self.norm, self.eps)
+        return y
 
 
 def stacked_matrix(linear: Module) -> Matrix:
     """The weights `[E, N, K]` of an mlx-lm switch layer as those of one matrix `[E * N, K]`. Raises Unsupported."""
     stacked = matrix_of(linear)
-    weight, scales, biases = (
-        None if a is None else a.reshape(-1, a.shape[-1]) for a in (stacked.weight, stacked.scales, stacked.biases)
-    )
+    weight = stacked.weight.reshape(-1, stacked.weight.shape[-1])
+    scales, biases = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (stacked.scales, stacked.biases))
     flat = Matrix(weight, scales, biases, stacked.bits, stacked.group_size)
     mx.eval(flat.arrays())
     return flat

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..few_row_matmul import Matrix
+from ..few_row_matmul import stock as matmul_stock
 
 
 @dataclass(frozen=True)
@@ -130,29 +130,20 @@ def stock(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array
     """The same from MLX's own operations in x's dtype: what runs where the kernel does not."""
     h = mx.fast.rms_norm(x, norm_weight, eps)
     chosen, weights = choose(logits, experts)
-    sizes = (experts.width, experts.width, experts.hidden)
-
-    def gathered(matrix: Matrix, size: int) -> Callable[[mx.array], mx.array]:
-        weight, *scales = _by_expert(matrix, size)
-        if not scales:
-            return lambda rows: mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=chosen)
-        form = {"transpose": True, "group_size": matrix.group_size, "bits": matrix.bits}
-        return lambda rows: mx.gather_qmm(rows, weight, *scales, rhs_indices=chosen, **form)
-
-    def whole(matrix: Matrix) -> Callable[[mx.array], mx.array]:
-        if matrix.scales is None:
-            return lambda rows: rows @ matrix.weight.T
-        form = {"transpose": True, "group_size": matrix.group_size, "bits": matrix.bits}
-        return lambda rows: mx.quantized_matmul(rows, matrix.weight, matrix.scales, matrix.biases, **form)
-
-    own = _activated(mx.expand_dims(h, (-2, -3)), *(gathered(m, n) for m, n in zip(experts.routed, sizes, strict=True)))
-    shared = _activated(h, *(whole(m) for m in experts.shared))
-    out = mx.sum(own.squeeze(-2).astype(mx.float32) * weights[:, :-1, None], axis=1) + weights[:, -1:] * shared
+    rows = mx.expand_dims(h, (-2, -3))
+    gate, up = (_gathered(rows, m, experts.width, chosen) for m in (experts.gate, experts.up))
+    own = _gathered(gate * mx.sigmoid(gate) * up, experts.down, experts.hidden, chosen).squeeze(-2)
+    activated = matmul_stock(h, [experts.shared_gate, experts.shared_up], swiglu=True)
+    shared = matmul_stock(activated, [experts.shared_down])
+    out = mx.sum(own.astype(mx.float32) * weights[:, :-1, None], axis=1) + weights[:, -1:] * shared
     return (x + out).astype(x.dtype)
 
 
-def _activated(
-    x: mx.array, gate: Callable[..., mx.array], up: Callable[..., mx.array], down: Callable[..., mx.array]
-) -> mx.array:
-    projected = gate(x)
-    return down(projected * mx.sigmoid(projected) * up(x))
+def _gathered(x: mx.array, matrix: Matrix, size: int, chosen: mx.array) -> mx.array:
+    """[M, top, 1, size]: each row's product with each of its experts."""
+    if matrix.scales is None:
+        return mx.gather_mm(x, _by_expert(matrix, size)[0].swapaxes(-1, -2), rhs_indices=chosen)
+    weight, scales, biases = _by_expert(matrix, size)
+    return mx.gather_qmm(
+        x, weight, scales, biases, rhs_indices=chosen, transpose=True, group_size=matrix.group_size, bits=matrix.bits
+    )
