@@ -27,10 +27,8 @@ from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedK
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     FusedAttention,
     FusedDelta,
-    Unsupported,
     Where,
     fused_layer,
-    product,
 )
 from mlx_mtp_backend.families.qwen3_5_fused_pass import (
     MAX_PASS_ROWS,
@@ -42,6 +40,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_pass import (
     stock_attention,
     take,
 )
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
 from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.

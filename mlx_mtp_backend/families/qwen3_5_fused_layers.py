@@ -6,23 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
-from mlx.nn.layers.normalization import RMSNorm
 from mlx.nn.layers.positional_encoding import RoPE
 from mlx_lm.models.qwen3_5 import DecoderLayer, GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextAttention
 from mtp_kernels import attention_inputs as inputs_kernel
 from mtp_kernels import few_row_attention as attention_kernel
-from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels import gated_delta as delta_kernel
 from mtp_kernels.attention_inputs.probe import case as inputs_case
 from mtp_kernels.few_row_attention.probe import case as attention_case
-from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
 from mtp_kernels.registry import Selection
 from mtp_kernels.segments import Segments
 
 from mlx_mtp_backend.families.qwen3_5_fused_cache import DeltaArrays
+from mlx_mtp_backend.families.qwen3_5_fused_mlp import fused_mlp
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
 
 Settle = Callable[[mx.array], mx.array]
 
@@ -40,81 +38,6 @@ class Where:
     segments: Segments
     positions: list[mx.array]
     keep: mx.array | None
-
-
-class Unsupported(Exception):
-    """This model cannot run through the kernels; the text says why."""
-
-
-def matrix_of(linear: Module) -> matmul_kernel.Matrix:
-    """The weights of an mlx-lm linear layer or (quantised) embedding.
-
-    Raises:
-        Unsupported: a quantisation other than affine, or a bias.
-    """
-    if "bias" in linear:
-        raise Unsupported("a projection has a bias")
-    if "scales" not in linear:
-        return matmul_kernel.Matrix(linear.weight)
-    if getattr(linear, "mode", "affine") != "affine":
-        raise Unsupported(f"quantisation mode {linear.mode}")
-    return matmul_kernel.Matrix(linear.weight, linear.scales, linear.biases, linear.bits, linear.group_size)
-
-
-@dataclass(frozen=True)
-class Product:
-    """One launch's weights, with what is fused around them."""
-
-    matrices: Sequence[matmul_kernel.Matrix]
-    run: Callable[..., mx.array]
-    norm: mx.array | None = None
-    eps: float = 1e-6
-    swiglu: bool = False
-
-    def __call__(self, x: mx.array, residual: mx.array | None = None, work: mx.array | None = None) -> mx.array:
-        fused = {"norm_weight": self.norm, "eps": self.eps, "residual": residual, "swiglu": self.swiglu}
-        return self.run(x, self.matrices, **fused, work=work)
-
-
-def product(
-    selection: Selection,
-    linears: Sequence[Module],
-    dtype: mx.Dtype,
-    norm: RMSNorm | None = None,
-    *,
-    swiglu: bool = False,
-    residual: bool = False,
-) -> Product:
-    """A checked product over these layers' weights.
-
-    Raises:
-        Unsupported: the kernel does not have this format or shape.
-    """
-    matrices = [matrix_of(linear) for linear in linears]
-    if reason := matmul_kernel.supported(matrices, dtype, swiglu=swiglu):
-        raise Unsupported(reason)
-    case = matmul_case(matrices, dtype, norm=norm is not None, swiglu=swiglu, residual=residual)
-    run = selection.resolve(case)
-    if norm is None:
-        return Product(matrices, run, swiglu=swiglu)
-    return Product(matrices, run, norm.weight, norm.eps, swiglu)
-
-
-class FusedMLP:
-    """RMSNorm, gate, up and SwiGLU in one launch, down and the residual in another."""
-
-    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> None:
-        mlp = layer.mlp
-        if not hasattr(mlp, "gate_proj"):
-            raise Unsupported("a mixture of experts")
-        self.enter = product(
-            selection, [mlp.gate_proj, mlp.up_proj], dtype, layer.post_attention_layernorm, swiglu=True
-        )
-        self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
-
-    def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
-        # On the smaller products a counter costs the host as much as it saves the device.
-        return self.leave(self.enter(x, work=work), residual=x)
 
 
 class FusedDelta:
@@ -140,7 +63,7 @@ class FusedDelta:
         self.enter = product(selection, projections, dtype, layer.input_layernorm)
         self.run = selection.resolve(delta_case(self.weights, dtype))
         self.leave = product(selection, [net.out_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, selection)
+        self.mlp = fused_mlp(layer, dtype, selection)
 
     def __call__(
         self, x: mx.array, state: DeltaArrays, where: Where, work: mx.array | None
@@ -191,7 +114,7 @@ class FusedAttention:
         self.prepare = selection.resolve(inputs_case(self.shape, dtype))
         self.attend = selection.resolve(attention_case(self.shape.heads, self.shape.kv_heads, dtype))
         self.leave = product(selection, [net.o_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, selection)
+        self.mlp = fused_mlp(layer, dtype, selection)
 
     def __call__(
         self, x: mx.array, contexts: Sequence[list[mx.array]], where: Where, work: mx.array | None

@@ -11,14 +11,14 @@ import mtp_kernels
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta, sampler
+from mtp_kernels import attention_inputs, few_row_attention, few_row_experts, few_row_matmul, gated_delta, sampler
 from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.few_row_matmul.plan import THREADS, TILE_FEATURES, TILE_ROWS, WARPS, plan
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
 from mtp_kernels.segments import Segments
 
 FOLDER = Path(mtp_kernels.__file__).parent
-KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "sampler"]
+KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "few_row_experts", "sampler"]
 BF16 = mx.bfloat16
 
 
@@ -76,6 +76,47 @@ def test_every_launch_fits_into_shared_memory(
     assert made.parts == plan(1, inputs, bits, group, swiglu=swiglu, norm=norm).parts  # else rows would sum otherwise
     if bits != 16:
         assert (inputs // group * 2) % made.scale_bytes == 0  # every row of scales starts where such a copy may
+
+
+def mixture(
+    count: int = 4, top: int = 2, hidden: int = 256, width: int = 256, **formats: int
+) -> few_row_experts.Experts:
+    sizes = [(count * width, hidden)] * 2 + [(count * hidden, width)] + [(256, hidden)] * 2 + [(hidden, 256)]
+    return few_row_experts.Experts(*(matrix(n, k, **formats) for n, k in sizes), count, top)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": rows(33)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(0)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(inputs=128)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(dtype=mx.float32)}, "neither bfloat16 nor float16"),
+        ({"x": rows(dtype=mx.float16)}, "like x"),
+        ({"logits": mx.zeros((2, 4))}, "logits are"),
+        ({"logits": mx.zeros((2, 5), BF16)}, "logits are"),
+        ({"norm_weight": mx.zeros((255,), BF16)}, "norm_weight is"),
+        ({"experts": replace(mixture(), top=5)}, "5 of 4 experts"),
+        ({"experts": mixture(count=513)}, "of 513 experts"),
+        ({"experts": mixture(width=128)}, "128 inputs in 4 bits are no multiple of 256"),
+        ({"experts": replace(mixture(), up=matrix(512))}, "one shape"),
+        ({"experts": replace(mixture(), down=matrix(512))}, "down is"),
+        ({"experts": replace(mixture(), shared_down=matrix(128))}, "shared_down is"),
+        ({"experts": replace(mixture(), gate=matrix(1024, bits=8), up=matrix(1024))}, "differ in bits"),
+        ({"experts": mixture(hidden=13_312)}, "do not fit into shared memory"),
+    ],
+)
+def test_experts_refuse(arguments: dict[str, object], message: str) -> None:
+    given = {"x": rows(), "logits": mx.zeros((2, 5)), "experts": mixture(), "norm_weight": mx.zeros((256,), BF16)}
+    with pytest.raises(ValueError, match=message):
+        few_row_experts.few_row_experts(**given | arguments)
+
+
+def test_rows_of_experts_are_those_that_fit() -> None:
+    assert few_row_experts.most_rows(mixture(256, 8, 2048, 512)) == 32
+    most = few_row_experts.most_rows(mixture(512, 10, 4096, 1024))
+    assert 8 <= most < 32
+    assert few_row_experts._enter_bytes(most, mixture(512, 10, 4096, 1024)) <= SHARED_MEMORY_BYTES
 
 
 def delta_weights() -> gated_delta.DeltaWeights:
@@ -196,6 +237,7 @@ def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
     text = (FOLDER / kernel / "kernel.cu").read_text()
     text = re.sub(r"atomicAdd\(&s\.bins|atomic(Max|Add)\(&s\.key", "", text)  # whole numbers, which no order changes
     text = text.replace("atomicAdd(work, 1u)", "")  # counts tiles, which does not sum anything
+    text = text.replace("atomicOr(&s.sets", "")  # sets of rows
     assert not re.search(r"\batomic|\bred\.", text)
 
 
@@ -223,12 +265,22 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("few_row_attention", "kJoinDim") == few_row_attention._JOIN_DIM
     threads = constant("few_row_attention", "kJoinWays") * few_row_attention._JOIN_DIM // 4
     assert threads == few_row_attention._JOIN_THREADS
+    assert constant("few_row_experts", "kTeamWarps") == few_row_experts._TEAM_WARPS
+    assert constant("few_row_experts", "kTeams") == few_row_experts._TEAMS
+    assert constant("few_row_experts", "kEnterFeatures") == few_row_experts._ENTER_FEATURES
+    assert constant("few_row_experts", "kLeaveFeatures") == few_row_experts._LEAVE_FEATURES
+    assert constant("few_row_experts", "kLeaveThreads") == few_row_experts._LEAVE_THREADS
+    assert constant("few_row_experts", "kMostRows") == few_row_experts.MAX_ROWS
     assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_version_follows_its_sources(kernel: str) -> None:
-    names = ["kernel.cu", *(["plan.py"] if kernel == "few_row_matmul" else []), "kernel.metal", "metal.py"]
+    names = ["kernel.cu", "kernel.metal", "metal.py"]
+    if kernel == "few_row_matmul":
+        names = ["../tensor_core.cuh", "kernel.cu", "plan.py", "kernel.metal", "metal.py"]
+    if kernel == "few_row_experts":
+        names = ["../tensor_core.cuh", "../few_row_matmul/kernel.metal", *names]
     texts = [(FOLDER / kernel / name).read_text() for name in names]
     assert version_of(*texts) == getattr(mtp_kernels, kernel).VERSION
     for changed in range(len(names)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta
+from mtp_kernels import attention_inputs, few_row_attention, few_row_experts, few_row_matmul, gated_delta
 from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.segments import Segments
 
@@ -67,6 +67,31 @@ def test_matmul(bits: int, group: int, fusion: str, implementation) -> None:
     products = [rows @ unpacked(m).T for m in matrices]
     want = silu(products[0]) * products[1] if fusion == "swiglu" else np.concatenate(products, axis=1)
     close(got, want + added if fusion == "residual" else want, 1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32), (16, 0)])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("implementation", [few_row_experts.reference, few_row_experts.stock])
+def test_experts(bits: int, group: int, normalised: bool, implementation) -> None:
+    count, top, hidden, width, shared = 6, 3, 256, 128, 384
+    sizes = [(count * width, hidden)] * 2 + [(count * hidden, width)] + [(shared, hidden)] * 2 + [(hidden, shared)]
+    matrices = [random_matrix(n, k, bits, group) for n, k in sizes]
+    x, norm, logits = RNG.normal(size=(4, hidden)) * 0.1, RNG.uniform(0.5, 1.5, hidden), RNG.normal(size=(4, count + 1))
+    logits[2, :count] = 1.0  # ties go to the lowest
+    as_mx = [mx.array(a.astype(np.float32)) for a in (x, logits, norm)]
+    weights = few_row_experts.Experts(*matrices, count, top, normalised)
+    got = implementation(*as_mx[:2], weights, as_mx[2])
+    gate, up, down, *own = (unpacked(m) for m in matrices)
+    want = x.copy()
+    for m, h in enumerate(rms(x, norm, 1e-6)):
+        shares = np.exp(logits[m, :count]) / np.exp(logits[m, :count]).sum()
+        best = sorted(range(count), key=lambda e: (-shares[e], e))[:top]
+        whole = sum(shares[e] for e in best) if normalised else 1.0
+        for e in best:
+            at, to = slice(e * width, (e + 1) * width), slice(e * hidden, (e + 1) * hidden)
+            want[m] += shares[e] / whole * (down[to] @ (silu(gate[at] @ h) * (up[at] @ h)))
+        want[m] += own[2] @ (silu(own[0] @ h) * (own[1] @ h)) / (1 + np.exp(-logits[m, count]))
+    close(got, want, 1e-4)
 
 
 def delta_weights(key_heads: int = 2, value_heads: int = 4) -> gated_delta.DeltaWeights:
