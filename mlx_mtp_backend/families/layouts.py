@@ -80,7 +80,7 @@ def qwen3_5_moe_head(config: dict[str, Any], found: Collection[str] = ()) -> dic
 
 
 def spelling(names: Collection[str]) -> Spelling:
-    """How a head's experts are spelled, by the first names of any that are there; the released way if there are none."""
+    """How a head's experts are spelled, by a name of one; as released where there is none."""
     for name in names:
         if ".mlp.switch_mlp." in name:
             return Spelling.STACKED

@@ -1,4 +1,4 @@
-"""Mixtures of experts as Qwen wires them: their tensors in one spelling, and the pass over rows of several sequences."""
+"""Mixtures of experts as Qwen wires them: their tensors in one spelling, and passes over rows of several sequences."""
 
 from __future__ import annotations
 
@@ -99,6 +99,5 @@ def _unsorted(experts: SwitchGLU, x: mx.array, chosen: mx.array) -> mx.array:
 
 def half_float_experts(module: Module) -> list[SwitchLinear]:
     """Experts that are neither quantised nor in fp32, which MLX multiplies on a GPU only."""
-    return [
-        part for _, part in module.named_modules() if isinstance(part, SwitchLinear) and part.weight.dtype != mx.float32
-    ]
+    parts: list[tuple[str, Module]] = module.named_modules()  # type: ignore[no-untyped-call]
+    return [part for _, part in parts if isinstance(part, SwitchLinear) and part.weight.dtype != mx.float32]

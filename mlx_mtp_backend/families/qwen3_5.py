@@ -110,7 +110,7 @@ class Qwen35:
             return {}
         other = Norm.PRE if self.seed_norm is Norm.POST else Norm.POST
         variant = partial(Qwen35, self.text, seed_norm=self.seed_norm, recycle_norm=self.recycle_norm)
-        wrong = {
+        wrong: dict[str, Model] = {
             f"{other.value}-norm seed": Qwen35(self.text, self.mtp, other, self.recycle_norm),
             "hidden before embedding": variant(_edited(self.mtp, _halves_swapped)),
             "norms one higher": variant(_edited(self.mtp, lambda _, w: w + 1 if w.ndim == 1 else w)),

@@ -35,8 +35,8 @@ _MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
 
 
 class TrunkOnly(StockModel):
-    """mlx-lm's model, told which tensors are a head's, and experts in every spelling; a head file without prefixes would
-    otherwise fail the load."""
+    """mlx-lm's model, told which tensors are a head's, as one without prefixes would otherwise fail the load, and how
+    experts may be spelled."""
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         trunk = {name: value for name, value in weights.items() if head_name(name, bare=True) is None}
@@ -58,8 +58,8 @@ def load(path: Path, options: LoadOptions, dtype: mx.Dtype | None) -> Generator[
     if mx.default_device().type == mx.cpu:
         _multipliable(path, text, head)
     slices = [*_slices(text), *(_layer_slices(head.layers[0]) if head else []), *([head] if head else [])]
-    for done, module in enumerate(slices, 1):
-        mx.eval(module.parameters())
+    for done, part in enumerate(slices, 1):
+        mx.eval(part.parameters())  # type: ignore[no-untyped-call]
         yield LoadProgress("weights", done / len(slices))
     return Qwen35(text, head, options.seed_norm or Norm.POST, options.recycle_norm or Norm.POST)
 
@@ -88,10 +88,10 @@ def _layer_slices(layer: DecoderLayer) -> Iterator[Module]:
 
 
 def _multipliable(path: Path, text: TextModel, head: MTPHead | None) -> None:
-    """Sees to it that a CPU can multiply by the experts: in half floats MLX does not; a head's are few enough to widen."""
+    """Sees to it that a CPU can multiply by the experts, which MLX cannot in half floats; a head's few are widened."""
     if half_float_experts(text):
-        detail = f"{path.name}: MLX multiplies by experts in half floats on a GPU only, and in fp32 they take too much memory"
-        raise EngineError(ErrorReason.FAMILY_UNSUPPORTED, f"{detail}; quantise them")
+        detail = "on a CPU, MLX multiplies by experts in fp32, for which the memory is too small, or quantised"
+        raise EngineError(ErrorReason.FAMILY_UNSUPPORTED, f"{path.name}: {detail}; quantise them")
     for experts in half_float_experts(head) if head is not None else []:
         experts.set_dtype(mx.float32)
 
