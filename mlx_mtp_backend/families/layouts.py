@@ -125,6 +125,7 @@ _DENSE = HeadLayout(_QWEN3_5, (*_ATTENTION_SIZES, "intermediate_size"), qwen3_5_
 _MOE = HeadLayout(_QWEN3_5, (*_ATTENTION_SIZES, *_MOE_SIZES), qwen3_5_moe_head, experts=True)
 # The second of each pair is the text-only spelling of the same architecture.
 LAYOUTS = {"qwen3_5": _DENSE, "qwen3_5_text": _DENSE, "qwen3_5_moe": _MOE, "qwen3_5_moe_text": _MOE}
+LAYOUTS["qwen3_next"] = _MOE  # of one shape with it: its trunk is stored otherwise, not its head
 
 
 def layout_of(family: str, text: dict[str, Any]) -> HeadLayout | None:

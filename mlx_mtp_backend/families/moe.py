@@ -53,9 +53,10 @@ def stacked(weights: Weights, count: int) -> dict[str, mx.array]:
 def _halves(name: str, fused: mx.array) -> dict[str, mx.array]:
     if fused.ndim != 3 or fused.shape[1] % 2:
         raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"{name} has shape {list(fused.shape)}")
-    half = fused.shape[1] // 2
-    prefix = f"{name.removesuffix(_FUSED)}.mlp.switch_mlp"
-    return {f"{prefix}.gate_proj.weight": fused[:, :half], f"{prefix}.up_proj.weight": fused[:, half:]}
+    prefix, half = f"{name.removesuffix(_FUSED)}.mlp.switch_mlp", fused.shape[1] // 2
+    gate, up = fused[:, :half], fused[:, half:]
+    # Views would be copied by every pass of kernels that want their inputs in one piece.
+    return {f"{prefix}.gate_proj.weight": mx.contiguous(gate), f"{prefix}.up_proj.weight": mx.contiguous(up)}
 
 
 def _stack(name: str, experts: dict[int, mx.array], count: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""Loads Qwen3.5 checkpoints: the trunk through mlx-lm, the head from wherever it lies."""
+"""Loads Qwen3.5 and Qwen3-Next checkpoints: the trunk through mlx-lm, the head from wherever it lies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mlx_lm.utils import infer_quant_config, load_model
 from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Norm
-from mlx_mtp_backend.checkpoint_files import CheckpointFiles, find_tensors, read_config
+from mlx_mtp_backend.checkpoint_files import CheckpointFiles, find_tensors, read_config, text_config
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.families.layouts import head_name, qwen3_5_head, qwen3_5_moe_head
 from mlx_mtp_backend.families.moe import half_float_experts, stacked
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import fused_or_stock
+from mlx_mtp_backend.families.qwen3_next import MODEL_TYPE, as_qwen3_5, split_projections
 from mlx_mtp_backend.host import number
 
 # Norms whose weights lie near 0 when stored zero-centred and near 1 when not; q and k norms wander from both.
@@ -40,8 +41,10 @@ class TrunkOnly(StockModel):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         trunk = {name: value for name, value in weights.items() if head_name(name, bare=True) is None}
-        if experts := self.language_model.args.num_experts:
-            trunk = stacked(trunk, experts)
+        args: TextModelArgs = self.language_model.args
+        trunk = split_projections(trunk, args)
+        if args.num_experts:
+            trunk = stacked(trunk, args.num_experts)
         sanitized: dict[str, mx.array] = super().sanitize(trunk)  # type: ignore[no-untyped-call]
         return sanitized
 
@@ -97,9 +100,13 @@ def _multipliable(path: Path, text: TextModel, head: MTPHead | None) -> None:
 
 
 def _open_trunk(path: Path) -> TextModel:
-    read_config(path)  # refuses checkpoints that bring code, before mlx-lm sees them
+    config = read_config(path)  # refuses checkpoints that bring code, before mlx-lm sees them
     try:
-        model, _ = load_model(path, lazy=True, get_model_classes=lambda config: (TrunkOnly, ModelArgs))
+        other = config.get("model_type") == MODEL_TYPE
+        changes = {"text_config": as_qwen3_5(text_config(config))} if other else {}
+        model, _ = load_model(
+            path, lazy=True, model_config=changes, get_model_classes=lambda config: (TrunkOnly, ModelArgs)
+        )
     except _MISFITS as error:
         raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"{path.name}: {str(error)[:300]}") from error
     text: TextModel = model.language_model

@@ -126,8 +126,7 @@ GATED = "mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)"
 FAMILY_BUGS = [
     ("experts' gate and up swapped", "experts.up_proj(x, chosen), experts.gate_proj(x, chosen)",
      "experts.gate_proj(x, chosen), experts.up_proj(x, chosen)"),
-    ("fused experts taken up first", 'fused[:, :half], f"{prefix}.up_proj.weight": fused[:, half:]',
-     'fused[:, half:], f"{prefix}.up_proj.weight": fused[:, :half]'),
+    ("fused experts taken up first", "gate, up = fused[", "up, gate = fused["),
     ("experts' weights not renormalised", RENORMALISED, "pass"),
     ("shared expert's gate left out", GATED, "block.shared_expert(x)"),
     ("shared expert left out", "sum(axis=-2) + shared", "sum(axis=-2)"),
