@@ -70,7 +70,8 @@ def history_model(history: Path) -> Model:
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Likewise, of mixtures of experts."""
-    return write(tmp_path_factory.mktemp("experts"), Recipe(kind="history", experts=8, **SHAPE))
+    shape = SHAPE | {"width": 768} if ON_GPU else {}
+    return write(tmp_path_factory.mktemp("experts"), Recipe(kind="history", experts=8, **shape))
 
 
 @pytest.fixture(scope="session")
