@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import Catalog, ModelEntry, read_catalog
 from router.client import AsyncClient, Client, ModelNotFoundError, RouterCallError
 from router.dispatch import Dispatcher
-from router.domain import GenerationRequest, ModelState, RouterError, Started, TextPrompt
+from router.domain import (
+    BackendKind,
+    Capability,
+    CapabilityFact,
+    GenerationRequest,
+    ModelFormat,
+    ModelState,
+    RouterError,
+    Started,
+    TextPrompt,
+)
 from router.lifecycle import Lifecycle
 from router.refresh import Reader, Refreshed, refresh
 from router.server import RouterServer, build_backends
@@ -37,6 +48,9 @@ from router.settings import Settings, load_settings
 def dispatcher(*entries: ModelEntry, script: Any = None) -> tuple[Dispatcher, ScriptedBackend]:
     backend = ScriptedBackend(script) if script else ScriptedBackend()
     return Dispatcher(Catalog(entries), {"scripted": backend}), backend
+
+
+HEAD = {item: CapabilityFact(True, "test") for item in Capability}
 
 
 def rewritten(name: str) -> ModelEntry:
@@ -83,6 +97,21 @@ async def test_what_is_in_use_stays_until_it_is_not() -> None:
     assert router.catalog.resolve("goes").name == "comes"
     backend.in_memory["busy"] = ModelState.LOADING
     assert (await refresh(router, catalog(entry("comes", aliases=["goes"])))).kept == ("busy",)
+
+
+async def test_every_lane_that_may_have_answered_lets_go() -> None:
+    checkpoint = replace(
+        entry("m", model_facts=facts(format=ModelFormat.CHECKPOINT, capabilities=HEAD)), gguf=entry("m")
+    )
+    engine, other = ScriptedBackend(name="mlx", kind=BackendKind.MLX), ScriptedBackend(name="llama_cpp")
+    router = Dispatcher(Catalog([checkpoint]), {"mlx": engine, "llama_cpp": other})
+    assert router.route("m")[2] is engine
+    changed = catalog(replace(checkpoint, gguf=rewritten("m")))
+    other.running = 1  # it answers since the engine was down
+    assert (await refresh(router, changed)).kept == ("m",)
+    other.running = 0
+    assert (await refresh(router, changed)).changed == ("m",)
+    assert (engine.in_memory, other.in_memory) == ({"m": ModelState.COLD}, {"m": ModelState.COLD})
 
 
 # --------------------------------------------------------------------------------------------------------------------
