@@ -1,4 +1,4 @@
-"""The command line, `mtp-router`. Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."""
+"""Runs one command; says in one line why where it fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from router.cli.arguments import build_parser
-from router.cli.failures import FAILED, INTERRUPTED, USAGE, UsageError, as_json, describe, one_line
+from router.cli.failures import FAILED, USAGE, UsageError, as_json, describe, one_line
 from router.client import RouterCallError
 from router.pull import PullError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+def run(argv: Sequence[str] | None) -> int:
+    """Runs one command and returns its exit status. Raises KeyboardInterrupt."""
     arguments = build_parser().parse_args(argv)
     try:
         status = _command(arguments.command)(arguments)
@@ -31,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "json", False):
             print(as_json(error), flush=True)
         return _complain(describe(error, arguments.target, begun=getattr(arguments, "begun", False)), FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader has enough; without this, Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
