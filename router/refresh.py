@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.backends.base import Backend
-from router.catalog import Catalog, ModelEntry, read_catalog
+from router.catalog import Catalog, ModelEntry, read_catalog, warn_of
 from router.dispatch import Dispatcher
 from router.domain import ErrorReason, ModelState, RouterError
 from router.settings import LlamaCppSettings, Settings, describe_problem
@@ -117,6 +117,7 @@ async def refresh(dispatcher: Dispatcher, read: Catalog, needs_restart: tuple[st
         (added if old is None else removed if new is None else changed).append(name)
     done = Refreshed(tuple(added), tuple(removed), tuple(changed), tuple(kept), needs_restart)
     logger.info("refreshed: %s", done)
+    warn_of(dispatcher.catalog.resolve(name) for name in (*added, *changed))
     return done
 
 

@@ -176,7 +176,9 @@ async def said(client: AsyncClient, model: str) -> str:
     return str(answer.output.text)
 
 
-async def test_a_file_that_was_replaced_is_served_anew(home: Home, serve: Serve) -> None:
+async def test_a_file_that_was_replaced_is_served_anew(
+    home: Home, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     home.settle('[discovery]\nfolders = ["."]\n')
     home.script("words.gguf", " old")
     client = await serve()
@@ -187,6 +189,9 @@ async def test_a_file_that_was_replaced_is_served_anew(home: Home, serve: Serve)
     assert await said(client, "words") == " new"
     assert list((await client.refresh()).changed) == []
     assert (await client.get_model("words")).state == v1.MODEL_STATE_READY  # what did not change stays loaded
+    (home.folder / "words.gguf").write_bytes(b"junk")
+    assert list((await client.refresh()).changed) == ["words"]
+    assert "words cannot be served: words.gguf is not a usable GGUF file" in caplog.text
     (home.folder / "words.gguf").unlink()
     assert list((await client.refresh()).removed) == ["words"]
     with pytest.raises(ModelNotFoundError):
@@ -294,14 +299,15 @@ async def test_tags_are_read_again_and_kept_while_their_server_is_away(tmp_path:
 # --------------------------------------------------------------------------------------------------------------------
 # The command
 
+COMMAND = [sys.executable, "-c", "import sys; from router.cli import main; sys.exit(main())"]
+
 
 @pytest.fixture
 def process(home: Home) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", "import sys; from router.cli import main; sys.exit(main())"]
     arguments = ["serve", "--json", "--config", str(home.file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTP_ROUTER_")}
     served = subprocess.Popen(
-        [*command, *arguments],
+        [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -325,3 +331,15 @@ def test_sighup_refreshes_and_sigterm_still_drains(home: Home, process: tuple[su
             assert served.poll() is None
     served.send_signal(signal.SIGTERM)
     assert served.wait(10) == 0
+
+
+def test_a_server_says_at_its_start_what_it_cannot_serve(home: Home) -> None:
+    home.settle('[models.words]\npath = "gone.gguf"\n')
+    arguments = [*COMMAND, "serve", "--config", str(home.file)]
+    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stderr is not None
+        first = served.stderr.readline()
+        served.send_signal(signal.SIGTERM)
+        served.communicate(timeout=60)
+    assert "WARNING" in first
+    assert "words cannot be served: gone.gguf does not exist" in first
