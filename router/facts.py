@@ -155,6 +155,8 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         problem = f"{path.name}: the engine has no driver for model_type {report.family!r}"
     elif not report.has_tokenizer:
         problem = f"{path.name} has no tokenizer.json"
+    elif head_path is not None and report.mtp.status is not MTPStatus.PRESENT:
+        problem = f"{path.name}: {head_path.name}, its head_path, holds no head for it: {head_evidence(report)}"
     return ModelFacts(
         format=ModelFormat.CHECKPOINT,
         architecture=report.family,
