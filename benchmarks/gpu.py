@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -387,6 +388,7 @@ def main() -> None:
         save()
         say(f"{name} figures: {json.dumps(report['figures'])}")
         del models
+        gc.collect()  # a model and its compiled passes refer to each other
         mx.clear_cache()
     print(json.dumps(result["figures"], indent=1))
 
