@@ -13,11 +13,14 @@ from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import TUNING_FILE, Registry
 
 from mlx_mtp_backend import tuning
+from mlx_mtp_backend.api import LoadOptions
 from mlx_mtp_backend.cache import begin, commit
+from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused, fused_or_stock
 from mlx_mtp_backend.synthetic import Recipe, write
+from tests.conformance import decode
 from tests.kernels.test_fused_step import sharpened
 from tests.metal_host.host import Host
 from tests.support.conversion import convert
@@ -75,7 +78,8 @@ def test_a_step_is_the_stock_step_and_replays_bit_for_bit(checkpoint: Path, host
 
 
 def test_a_step_with_experts_is_the_stock_step_and_replays_bit_for_bit(mixture: Path, host: Host) -> None:
-    stepped(sharpened(tuning.load(mixture)), host, STEP | {"experts_route", "experts_enter", "experts_leave"})
+    stock = decode.result(qwen3_5_load.load(mixture, LoadOptions(), mx.bfloat16))
+    stepped(sharpened(stock), host, STEP | {"experts_route", "experts_enter", "experts_leave"})
 
 
 def stepped(stock: Qwen35, host: Host, kernels: set[str]) -> None:
