@@ -256,10 +256,9 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
     assert constant("gated_delta", "kTape") == gated_delta.TAPE
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
-    splits = (few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG)
-    assert tuple(constant("few_row_attention", name) for name in ("kNear", "kShort", "kLong")) == splits
-    assert constant("few_row_attention", "kTile") == few_row_attention._TILE
-    assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
+    for own in ("NEAR", "FAR", "SHORT", "MIDDLE", "LONG", "TILE", "RING_FEW", "RING_MANY", "FEW_TILES", "THREADS"):
+        name = "k" + own.title().replace("_", "")
+        assert constant("few_row_attention", name) == getattr(few_row_attention, f"_{own}"), name
     assert constant("sampler", "kThreads") == sampler._THREADS
     assert constant("sampler", "kWords") == sampler.WORDS
     assert constant("few_row_attention", "kJoinDim") == few_row_attention._JOIN_DIM

@@ -115,8 +115,10 @@ def test_two_blocks_of_attention_fit_into_a_multiprocessor(tiles: int) -> None:
 
 @given(st.integers(0, 300_000))
 def test_positions_lie_in_the_splits_that_start_before_them(position: int) -> None:
-    near, short, long = few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG
-    starts = [*range(0, near, short), *range(near, position + 1, long)]
+    near, far = few_row_attention._NEAR, few_row_attention._FAR
+    lengths = (few_row_attention._SHORT, few_row_attention._MIDDLE, few_row_attention._LONG)
+    borders = ((0, near), (near, far), (far, max(far, position + 1)))
+    starts = [at for border, length in zip(borders, lengths, strict=True) for at in range(*border, length)]
     assert few_row_attention._split_of(position) == sum(start <= position for start in starts) - 1
 
 

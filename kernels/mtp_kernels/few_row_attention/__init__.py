@@ -23,9 +23,12 @@ MAX_QUERIES = 64
 """Most rows of a sequence times query heads per KV head in one pass."""
 _TILES = (1, 3, 6, 8)
 """Numbers of tiles of 8 columns (rows times query heads per KV head) that the kernel is compiled for."""
-_NEAR, _SHORT, _LONG = 1024, 64, 256
-"""Splits are short below the first position, then long."""
+_NEAR, _FAR = 1024, 4096
+_SHORT, _MIDDLE, _LONG = 64, 128, 256
+"""Positions of a split that begins below the first border, below the second, and beyond, as in the kernel."""
 _TILE = 64
+_RING_FEW, _RING_MANY, _FEW_TILES = 3, 2, 3
+"""Tiles of positions in shared memory at once: more of them where there are few tiles of columns."""
 _OF_CONTEXT = ("keys", "values", "tail", "position")
 _THREADS = 128
 _JOIN_THREADS, _JOIN_DIM = 512, 128
@@ -151,9 +154,9 @@ def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, 
         f"""
   const int m = blockIdx.x / {heads * HEAD_DIM // _JOIN_DIM};
   int sequence = 0;
-  while (m >= starts[sequence + 1]) ++sequence;
+  while (sequence < {size - 1} && m >= starts[sequence + 1]) ++sequence;
   few_row_attention::join<{kind}, {group}>(parts, reinterpret_cast<const float2*>(stats), projected, y,
-      ({position})[1] + m - starts[sequence], projected_shape[0], {kv_heads});
+      ({position})[1] + m - (sequence ? starts[sequence] : 0), projected_shape[0], {kv_heads});
 """,
         ("parts", "stats", "projected", "starts", *numbered("position", size)),
         ("y",),
@@ -171,10 +174,14 @@ def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, 
 
 def _split_of(position: int) -> int:
     """The split that a position lies in, as in the kernel."""
-    return position // _SHORT if position < _NEAR else _NEAR // _SHORT + (position - _NEAR) // _LONG
+    if position < _NEAR:
+        return position // _SHORT
+    if position < _FAR:
+        return _NEAR // _SHORT + (position - _NEAR) // _MIDDLE
+    return _NEAR // _SHORT + (_FAR - _NEAR) // _MIDDLE + (position - _FAR) // _LONG
 
 
 def _shared_bytes(tiles: int) -> int:
-    """Shared memory of a block: queries, a tile of keys and one of values, weights, and what warps tell each other."""
-    columns = tiles * 8
-    return (columns * (HEAD_DIM + _TILE) + 2 * _TILE * HEAD_DIM) * 2 + (_THREADS // 32 + 1) * columns * 4
+    """Shared memory of a block: queries, a ring of tiles, weights, and what warps tell each other."""
+    columns, ring = tiles * 8, _RING_FEW if tiles <= _FEW_TILES else _RING_MANY
+    return (columns * (HEAD_DIM + _TILE) + ring * _TILE * HEAD_DIM) * 2 + (_THREADS // 32 + 1) * columns * 4
