@@ -78,7 +78,8 @@ def test_a_step_is_the_stock_step_and_replays_bit_for_bit(checkpoint: Path, host
 
 
 def test_a_step_with_experts_is_the_stock_step_and_replays_bit_for_bit(mixture: Path, host: Host) -> None:
-    stock = decode.result(qwen3_5_load.load(mixture, LoadOptions(), mx.bfloat16))
+    # In bfloat16 the stock router's rounding alone moves experts' weights by more than what is allowed below.
+    stock = decode.result(qwen3_5_load.load(mixture, LoadOptions(), mx.float16))
     stepped(sharpened(stock), host, STEP | {"experts_route", "experts_enter", "experts_leave"})
 
 
