@@ -53,7 +53,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
 
 def run(counts: tuple[int, ...]) -> tuple[mx.array, list[mx.array], list[Context]]:
     """Both kernels over sequences of distinct arrays: result, tails, contexts as they were."""
-    norm, position = mx.ones((256,), BF16), mx.array([0, 5], dtype=mx.int32)
+    norm, position = mx.ones((256,), BF16), mx.array([0, 5, 64], dtype=mx.int32)
     shape = attention_inputs.AttentionShape(HEADS, KV_HEADS, norm, norm, 1e-6, 64, 1e7)
     segments = Segments.of(counts)
     rows = mx.broadcast_to(mx.arange(sum(counts))[:, None], (sum(counts), shape.width)).astype(BF16)
@@ -61,7 +61,7 @@ def run(counts: tuple[int, ...]) -> tuple[mx.array, list[mx.array], list[Context
         Context(
             *(mx.zeros((1, KV_HEADS, 64 + 256 * i, 256), BF16) for _ in range(2)),
             mx.zeros((2, KV_HEADS, 64, 256), BF16),
-            position + i,
+            position + mx.array([0, i, 256 * i]),
         )
         for i in range(len(counts))
     ]
