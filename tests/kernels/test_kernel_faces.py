@@ -233,6 +233,16 @@ def test_attention_refuses_more_rows_or_other_sequences() -> None:
         few_row_attention.few_row_attention(queries, [context], Segments.of((17, 17)), projected)
 
 
+def test_attention_refuses_first_rows_without_a_bound() -> None:
+    keys, tail = mx.zeros((1, 2, 64, 256), BF16), mx.zeros((2, 2, 64, 256), BF16)
+    row = few_row_attention.first_row(keys)
+    context = few_row_attention.Context(row, row, tail, mx.array([0, 0, 64], dtype=mx.int32))
+    queries, projected, segments = mx.zeros((1, 4, 256), BF16), mx.zeros((1, 12 * 256), BF16), Segments.of((1,))
+    with pytest.raises(ValueError, match="a bound"):
+        few_row_attention.check(queries, [context], segments, projected)
+    few_row_attention.check(queries, [replace(context, bound=128)], segments, projected)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
     text = (FOLDER / kernel / "kernel.cu").read_text()

@@ -92,6 +92,22 @@ def test_one_launch_of_each_kernel_for_a_few_sequences(launched: list[Launched])
     assert join.grid[0] == 7 * HEADS * 2 * few_row_attention._JOIN_THREADS
 
 
+def test_a_launch_over_first_rows_is_sized_by_the_bound(launched: list[Launched]) -> None:
+    tail, segments = mx.zeros((2, KV_HEADS, 64, 256), BF16), Segments.of((1, 1))
+    shapes = set()
+    for capacity in (256, 4096):
+        row = few_row_attention.first_row(mx.zeros((1, KV_HEADS, capacity, 256), BF16))
+        position = mx.array([0, 5, capacity], dtype=mx.int32)
+        context = Context(row, row, tail, position, bound=2048)
+        queries, projected = mx.zeros((2, HEADS, 256), BF16), mx.zeros((2, 12 * 256), BF16)
+        few_row_attention.few_row_attention(queries, [context] * 2, segments, projected)
+        partial = next(one for one in reversed(launched) if one.kernel == "few_row_attention")
+        shapes.add((partial.grid, *(array.shape for array in partial.inputs.values())))
+        assert "_shape[2]" not in partial.source  # the distance between heads is no first row's
+    assert len(shapes) == 1
+    assert partial.grid[0] == (16 + 4) * KV_HEADS * few_row_attention._THREADS
+
+
 def test_more_sequences_than_a_launch_takes_are_several_launches(launched: list[Launched]) -> None:
     counts = (1, 2) * 5
     result, tails, contexts = run(counts)
