@@ -19,7 +19,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedD
 
 MAX_SEGMENT_ROWS = delta_kernel.TAPE
 MAX_PASS_ROWS = matmul_kernel.MAX_ROWS
-_LEAST_BOUND = 4096  # launches for fewer positions take no less time
+_LEAST_BOUND = 2048  # one sequence's splits up to here leave multiprocessors of a large GPU idle
 
 Layer = FusedDelta | FusedAttention
 

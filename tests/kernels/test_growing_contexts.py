@@ -139,7 +139,7 @@ def test_a_context_past_the_bound_traces_each_function_once(
 
 
 def test_bounds_are_few_and_at_most_double() -> None:
-    assert [_round_bound(n) for n in (1, 4096, 4097, 8192, 262_144)] == [4096, 4096, 8192, 8192, 262_144]
+    assert [_round_bound(n) for n in (1, 2048, 2049, 4096, 262_144)] == [2048, 2048, 4096, 4096, 262_144]
 
 
 def driven(cache: FusedKVCache, rows: int, *, on_device: bool) -> list[mx.array]:

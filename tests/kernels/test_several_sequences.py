@@ -105,7 +105,7 @@ def test_a_launch_over_first_rows_is_sized_by_the_bound(launched: list[Launched]
         shapes.add((partial.grid, *(array.shape for array in partial.inputs.values())))
         assert "_shape[2]" not in partial.source  # the distance between heads is no first row's
     assert len(shapes) == 1
-    assert partial.grid[0] == (16 + 4) * KV_HEADS * few_row_attention._THREADS
+    assert partial.grid[0] == (few_row_attention._split_of(2047) + 1) * KV_HEADS * few_row_attention._THREADS
 
 
 def test_more_sequences_than_a_launch_takes_are_several_launches(launched: list[Launched]) -> None:
