@@ -8,6 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from mtp_kernels.store import write_json
+
 from mlx_mtp_backend import rounds, sequence
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
 from mlx_mtp_backend.depth import DepthController
@@ -68,10 +70,7 @@ class DepthMemory:
             return
         self._stored[_key(path, fingerprint)] = depths.to_json()
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._stored, indent=1), encoding="utf-8")
-            temporary.replace(self._file)
+            write_json(self._file, self._stored)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._file, error)
 

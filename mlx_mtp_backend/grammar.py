@@ -87,12 +87,13 @@ class Grammars:
         return Grammar(matcher.deep_copy(), self._ends, wanted.after)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for.
+        """The bytes that a token stands for; none for an id that only pads the model's vocabulary.
 
         Raises:
             EngineError: INVALID_PARAMS for a tokenizer of a kind that llguidance does not read.
         """
-        return self._vocabulary("logprobs").decode_bytes([token])
+        vocabulary = self._vocabulary("logprobs")
+        return b"" if self._tokenizer.id_to_token(token) is None else vocabulary.decode_bytes([token])
 
     def _vocabulary(self, field: str) -> LLTokenizer:
         with self._reading:
@@ -215,7 +216,9 @@ class Grammar:
         if place.matcher is None or token in self._ends:
             return _FREE
         after = place.matcher.deep_copy()
-        return _Place(after) if after.consume_token(token) else _FREE
+        if after.consume_token(token) or _permits(place.matcher, token):
+            return _Place(after)  # one that broke off at a token it permits is told by its mask
+        return _FREE
 
     def _mask(self, place: _Place) -> Mask | None:
         if place.matcher is None:
@@ -225,3 +228,11 @@ class Grammar:
             log.info("a grammar broke off: %s", place.matcher.get_error()[:300])
             raise EngineError(ErrorReason.GRAMMAR_LIMIT, "following the response format takes too much work")
         return words
+
+
+def _permits(matcher: LLMatcher, token: int) -> bool:
+    """Whether it lets the token follow, or has broken off itself."""
+    words = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)
+    if matcher.is_error():
+        return True
+    return token // 32 < len(words) and bool(words[token // 32] >> token % 32 & 1)

@@ -16,6 +16,7 @@ from router.settings import ModelSettings, SamplingSettings, Settings
 logger = logging.getLogger(__name__)
 
 MAX_NAMED, MAX_SHOWN = 32, 128  # known names, and characters of an unknown one, in an error: its size is bounded
+HEAD_ADVICE = "head_path can name the original checkpoint's folder, see docs/models.md"
 DEFAULT_CONTEXT = 8192  # what a model gets unless its settings say more: caches are paid for in full
 
 
@@ -69,6 +70,14 @@ class ModelEntry:
     def loads_as(self, other: ModelEntry) -> bool:
         """Whether what is in memory for one is right for the other: they differ in names and defaults at most."""
         return _as_loaded(self) == _as_loaded(other)
+
+    @property
+    def lacks_head(self) -> bool:
+        """Whether it is a checkpoint that declares a prediction head, wants it, and has none in its files."""
+        facts, wanted = self.facts, self.settings.speculation == "auto"
+        if facts.format is not ModelFormat.CHECKPOINT or facts.head is None or facts.problem:
+            return False
+        return wanted and facts.head.declared_layers > 0 and not facts.head.present
 
 
 def _as_loaded(entry: ModelEntry) -> ModelEntry:
@@ -142,6 +151,15 @@ async def read_catalog(settings: Settings, pulled: Path, before: Catalog | None 
             if name not in catalog:
                 logger.warning("models.%s.fallbacks: there is no model %r", entry.name, name)
     return catalog
+
+
+def warn_of(entries: Iterable[ModelEntry]) -> None:
+    """Says in the log which models cannot be served, and which are slower than they could be."""
+    for entry in entries:
+        if entry.facts.problem:
+            logger.warning("%s cannot be served: %s", entry.name, entry.facts.problem)
+        elif entry.lacks_head:
+            logger.warning("%s declares a prediction head that its files lack: %s", entry.name, HEAD_ADVICE)
 
 
 def build_catalog(settings: Settings, pulled: Path) -> Catalog:

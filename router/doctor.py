@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router.catalog import Catalog, build_catalog
+from router.catalog import HEAD_ADVICE, Catalog, build_catalog
 from router.domain import BackendKind, BackendState, ModelFormat
 from router.settings import LlamaCppSettings, MlxSettings, Settings, data_home
 
@@ -230,6 +230,9 @@ def _models(catalog: Catalog, settings: Settings, pulled: Path) -> Iterator[Find
                 f"mend or remove models.{entry.name}" if entry.name in settings.models else f"remove {entry.source}"
             )
             yield Finding("models", State.PROBLEM, f"{entry.name}: {problem}", advice)
+        if entry.lacks_head:
+            what = f"{entry.name} declares a prediction head that its files lack, so that nothing is drafted"
+            yield Finding("models", State.NOTE, what, f"models.{entry.name}.{HEAD_ADVICE}")
     taken = {name for model, entry in settings.models.items() for name in (model, *entry.aliases)}
     for file in sorted(pulled.glob("*.gguf")):
         if file.stem in taken:

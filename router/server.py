@@ -23,7 +23,7 @@ from router.backends.llama_cpp import LlamaCppBackend
 from router.backends.llama_server import LlamaServerBackend
 from router.backends.mlx import MlxBackend
 from router.backends.ollama import OllamaBackend
-from router.catalog import Catalog, read_catalog
+from router.catalog import Catalog, read_catalog, warn_of
 from router.dispatch import Dispatcher
 from router.domain import BackendState, BackendStatus, ErrorReason, ModelFormat, RouterError
 from router.lifecycle import Lifecycle
@@ -287,6 +287,7 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
     """
     pulled = data_home() / "models"
     catalog = await read_catalog(settings, pulled)
+    warn_of(catalog.entries)
     lifecycle = Lifecycle(settings.scheduler)
     build = functools.partial(build_backends, lifecycle=lifecycle)
     reader = Reader(settings, load, pulled, build)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .launch import platform
+from .store import write_json
 from .tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -156,10 +157,12 @@ class Registry:
         if self._cache_file is None or choice.error is None or self._stored.get(key) == asdict(choice):
             return
         self._stored[key] = asdict(choice)
-        self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._cache_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._stored, indent=1), encoding="utf-8")
-        temporary.replace(self._cache_file)
+        try:
+            write_json(self._cache_file, self._stored)
+        except OSError as error:  # a full disk is no reason not to run
+            log.warning(
+                "%s cannot be written, so that kernels are checked again at the next start: %s", self._cache_file, error
+            )
 
 
 class Selection:

@@ -12,6 +12,7 @@ from typing import Any
 from . import attention_inputs, few_row_attention, few_row_matmul, gated_delta
 from .few_row_matmul.variants import Variant
 from .launch import version_of
+from .store import write_json
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ class Tuning:
         return model in self._models
 
     def save(self, products: Sequence[str], model: str, result: Result, stock: Seconds) -> None:
-        """Keeps a win. Another model's is dropped if it was measured with a variant that now changes."""
+        """Keeps a win. Another model's is dropped if it was measured with a variant that now changes.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if self._file is None:
             raise ValueError("no file to save to")
         chosen = {product: variant for product, variant in result.variants.items() if product in products}
@@ -94,10 +99,7 @@ class Tuning:
         self._models[model] = {"products": list(products), "kernels": _named(result.seconds), "stock": _named(stock)}
         numbers = {product: list(astuple(variant)) for product, variant in self.variants.items()}
         self._stored[self._key] = {"variants": numbers, "models": self._models}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._stored, indent=1), encoding="utf-8")
-        temporary.replace(self._file)
+        write_json(self._file, self._stored)
 
 
 def _named(seconds: Seconds) -> dict[str, float]:

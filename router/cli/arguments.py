@@ -6,8 +6,17 @@ import argparse
 import math
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 EPILOG = """exit status: 0 done; 1 the call or the work failed; 2 wrong usage or settings; 130 interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses text that no message can hold."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", None, _text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mtp-router", description="Routes text generation to the backend that fits the model.", epilog=EPILOG
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('mtp-router')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     settings, server, lines = _settings(), _server(), _json()
 
     serve = commands.add_parser("serve", help="run the server until SIGTERM or Ctrl-C", parents=[settings, lines])
@@ -80,21 +89,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings() -> argparse.ArgumentParser:
-    part = argparse.ArgumentParser(add_help=False)
+def _settings() -> _Parser:
+    part = _Parser(add_help=False)
     part.add_argument("--config", type=Path, metavar="PATH", help="settings file")
     return part
 
 
-def _server() -> argparse.ArgumentParser:
-    part = argparse.ArgumentParser(add_help=False)
+def _server() -> _Parser:
+    part = _Parser(add_help=False)
     part.add_argument("--target", metavar="HOST:PORT", help="the server; default: the settings' server.listen")
     part.add_argument("--deadline", type=_seconds, metavar="SECONDS", help="longest time a call may take (600)")
     return part
 
 
-def _json() -> argparse.ArgumentParser:
-    part = argparse.ArgumentParser(add_help=False)
+def _json() -> _Parser:
+    part = _Parser(add_help=False)
     part.add_argument("--json", action="store_true", help="print JSON, one object a line")
     return part
 
@@ -104,12 +113,12 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     for name in ("temperature", "top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
         sampling.add_argument(f"--{name}", type=float, metavar="NUMBER")
-    sampling.add_argument("--top-k", type=int, metavar="COUNT")
-    sampling.add_argument("--seed", type=int, metavar="NUMBER")
+    sampling.add_argument("--top-k", type=_count, metavar="COUNT")
+    sampling.add_argument("--seed", type=_count, metavar="NUMBER")
 
     stop = parser.add_argument_group("stopping")
-    stop.add_argument("--max-tokens", type=int, dest="max_output_tokens", metavar="COUNT")
-    stop.add_argument("--min-tokens", type=int, dest="min_output_tokens", metavar="COUNT")
+    stop.add_argument("--max-tokens", type=_count, dest="max_output_tokens", metavar="COUNT")
+    stop.add_argument("--min-tokens", type=_count, dest="min_output_tokens", metavar="COUNT")
     stop.add_argument("--stop", action="append", metavar="TEXT", help="text that ends the answer; may be repeated")
     stop.add_argument("--time-budget", type=_seconds, metavar="SECONDS", help="end with the text so far after this")
 
@@ -122,25 +131,49 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="think first; default: as the model does"
     )
-    how.add_argument("--thinking-budget", type=int, dest="reasoning_budget_tokens", metavar="TOKENS")
+    how.add_argument("--thinking-budget", type=_count, dest="reasoning_budget_tokens", metavar="TOKENS")
     how.add_argument("--speculation", choices=("auto", "off", "required"), help="whether drafts may be used")
-    how.add_argument("--draft-depth", type=int, metavar="TOKENS", help="draft this many tokens a round")
-    how.add_argument("--logprobs", type=int, dest="top_logprobs", metavar="COUNT", help="log-probabilities, and this "
-                     "many alternatives a token")  # fmt: skip
+    how.add_argument("--draft-depth", type=_count, metavar="TOKENS", help="draft this many tokens a round")
+    alternatives = "log-probabilities, and this many alternatives a token"
+    how.add_argument("--logprobs", type=_count, dest="top_logprobs", metavar="COUNT", help=alternatives)
     how.add_argument("--priority", choices=("interactive", "batch"))
     how.add_argument("--correlation-id", metavar="ID", help="an id of your own for the server's logs")
     how.add_argument("--label", action="append", metavar="KEY=VALUE", help="a fact for the logs; may be repeated")
 
 
 def _tokens(text: str) -> int:
-    value = int(text)
-    if not 8 <= value <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 8 to 4096")
+    return _whole(text, 8, 4096)
+
+
+def _count(text: str) -> int:
+    """What the contract's whole numbers hold."""
+    return _whole(text, 0, 2**32 - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
+
+
+def _text(text: str) -> str:
+    """Bytes of the command line that are not UTF-8 arrive as lone surrogates, which no message can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8 text") from None
+    return text

@@ -9,7 +9,7 @@ import grpc
 
 from router.client import RouterCallError
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE = 0, 1, 2
 
 CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
 # A terminal would obey the escape sequences that a model or a server may send.

@@ -52,9 +52,12 @@ def _labels(pairs: list[str] | None) -> dict[str, str] | None:
 
 def read_text(path: Path | str) -> str:
     """The text of a file, of standard input for "-". Raises UsageError."""
+    given = str(path) == "-"
+    name = "standard input" if given else str(path)
     try:
-        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if given else Path(path).read_bytes()
+        return data.decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text") from None
+        raise UsageError(f"{name} is not UTF-8 text") from None

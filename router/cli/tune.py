@@ -26,11 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         tuned = tune(path, data_home() / "kernel-checks.json", head_path=arguments.head, on_progress=tell)
-    except (TuningRefused, EngineError) as error:
+    except (TuningRefused, EngineError, OSError) as error:
+        why = f"what was measured cannot be saved: {error}" if isinstance(error, OSError) else str(error)
         if arguments.json:
-            print(json.dumps({"saved": False, "error": {"message": str(error)}}))
+            print(json.dumps({"saved": False, "error": {"message": why}}))
         else:
-            print(one_line(f"{path}: {error}"))
+            print(one_line(f"{path}: {why}"))
         return FAILED
     finally:
         tell("")

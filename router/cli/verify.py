@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except EngineError as error:
         if arguments.json:
-            print(json.dumps({"passed": False, "error": {"reason": error.reason.value, "message": str(error)}}))
+            print(json.dumps({"passed": False, "error": {"reason": error.reason.value, "message": error.detail}}))
         else:
-            print(one_line(f"{path}: {error.reason.value}: {error}"))
+            print(one_line(f"{path}: {error.reason.value}: {error.detail}"))
         return FAILED
     finally:
         tell("")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypedDict
 
@@ -63,6 +64,7 @@ def generation_input(model: str, fields: GenerationFields) -> v1.GenerationInput
     Raises:
         TypeError: an unknown keyword, or a value of a wrong type.
         ValueError: more than one prompt or response format, an unknown enum name, a number out of its type's range.
+            Both name the keyword.
     """
     unknown = fields.keys() - GenerationFields.__annotations__.keys()
     if unknown:
@@ -72,16 +74,22 @@ def generation_input(model: str, fields: GenerationFields) -> v1.GenerationInput
         model=model,
         sampling=_part(v1.SamplingParameters, given, _SAMPLING),
         stop=_part(v1.StopConditions, given, _STOP),
-        correlation_id=given.get("correlation_id", ""),
-        labels=given.get("labels", {}),
-        tools=[_tool(tool) for tool in given.get("tools", ())],
     )
     _set_prompt(body, given)
     _set_response_format(body, given)
-    _set_modes(body, given)
-    if "time_budget" in given:
-        body.time_budget.CopyFrom(_duration(given["time_budget"]))
+    _set_others(body, given)
     return body
+
+
+@contextlib.contextmanager
+def _naming(keyword: str) -> Iterator[None]:
+    """Has errors say which keyword they are about: protobuf's own do not."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{keyword}: {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise TypeError(f"{keyword}: {error}") from None
 
 
 _SAMPLING = {
@@ -109,10 +117,15 @@ _STOP = {
 
 def _part(message: Any, given: Mapping[str, Any], names: Mapping[str, str]) -> Any:
     """A sub-message of the given fields; None, which leaves it unset, where none is given."""
-    values = {field: given[keyword] for keyword, field in names.items() if keyword in given}
-    if isinstance(values.get("sequences"), str):
+    if isinstance(given.get("stop"), str):
         raise TypeError("stop is a list of strings, not one string")
-    return message(**values) if values else None
+    whole: Any = None
+    for keyword in (name for name in names if name in given):
+        with _naming(keyword):
+            part = message(**{names[keyword]: given[keyword]})
+        whole = whole or message()
+        whole.MergeFrom(part)
+    return whole
 
 
 def _only_one(given: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -123,18 +136,24 @@ def _only_one(given: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _set_prompt(body: v1.GenerationInput, given: Mapping[str, Any]) -> None:
-    match _only_one(given, ("messages", "prompt", "token_ids")):
-        case "messages":
-            body.messages.CopyFrom(v1.MessageList(messages=[_message(message) for message in given["messages"]]))
-        case "prompt":
-            body.text = given["prompt"]
-        case "token_ids":
-            body.token_ids.CopyFrom(v1.TokenIdList(ids=given["token_ids"]))
+    keyword = _only_one(given, ("messages", "prompt", "token_ids"))
+    if keyword is None:
+        return
+    with _naming(keyword):
+        match keyword, given[keyword]:
+            case "messages", messages:
+                body.messages.CopyFrom(v1.MessageList(messages=[_message(message) for message in messages]))
+            case "prompt", text:
+                body.text = text
+            case "token_ids", ids:
+                body.token_ids.CopyFrom(v1.TokenIdList(ids=ids))
 
 
 def _message(message: v1.Message | Mapping[str, Any]) -> v1.Message:
     if isinstance(message, v1.Message):
         return message
+    if "role" not in message:
+        raise ValueError("a message has no role")
     calls = [call if isinstance(call, v1.ToolCall) else v1.ToolCall(**call) for call in message.get("tool_calls", ())]
     return v1.Message(**{**message, "role": enum_number(v1.Role, message["role"]), "tool_calls": calls})
 
@@ -144,29 +163,39 @@ def _tool(tool: v1.ToolDefinition | Mapping[str, Any]) -> v1.ToolDefinition:
 
 
 def _set_response_format(body: v1.GenerationInput, given: Mapping[str, Any]) -> None:
-    match _only_one(given, ("json_schema", "json_object", "regex", "grammar")):
-        case "json_schema":
-            schema = given["json_schema"]
-            body.response_format.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
-        case None:
-            return
-        case name:
-            setattr(body.response_format, name, given[name])
+    keyword = _only_one(given, ("json_schema", "json_object", "regex", "grammar"))
+    if keyword is None:
+        return
+    with _naming(keyword):
+        value = given[keyword]
+        as_text = keyword == "json_schema" and not isinstance(value, str)
+        setattr(body.response_format, keyword, json.dumps(value) if as_text else value)
 
 
-def _set_modes(body: v1.GenerationInput, given: Mapping[str, Any]) -> None:
-    if "reasoning" in given:
-        body.reasoning.mode = enum_number(v1.ReasoningMode, given["reasoning"])
-    if "reasoning_budget_tokens" in given:
-        body.reasoning.budget_tokens = given["reasoning_budget_tokens"]
-    if "top_logprobs" in given:
-        body.logprobs.CopyFrom(v1.LogprobsOptions(top_count=given["top_logprobs"]))
-    if "speculation" in given:
-        body.speculation.mode = enum_number(v1.SpeculationMode, given["speculation"])
-    if "draft_depth" in given:
-        body.speculation.depth = given["draft_depth"]
-    if "priority" in given:
-        body.priority = enum_number(v1.Priority, given["priority"])
+def _set_others(body: v1.GenerationInput, given: Mapping[str, Any]) -> None:
+    for keyword in given:
+        with _naming(keyword):
+            match keyword, given[keyword]:
+                case "reasoning", mode:
+                    body.reasoning.mode = enum_number(v1.ReasoningMode, mode)
+                case "reasoning_budget_tokens", tokens:
+                    body.reasoning.budget_tokens = tokens
+                case "top_logprobs", count:
+                    body.logprobs.CopyFrom(v1.LogprobsOptions(top_count=count))
+                case "speculation", mode:
+                    body.speculation.mode = enum_number(v1.SpeculationMode, mode)
+                case "draft_depth", depth:
+                    body.speculation.depth = depth
+                case "priority", priority:
+                    body.priority = enum_number(v1.Priority, priority)
+                case "time_budget", value:
+                    body.time_budget.CopyFrom(_duration(value))
+                case "correlation_id", text:
+                    body.correlation_id = text
+                case "labels", labels:
+                    body.labels.update(labels)
+                case "tools", tools:
+                    body.tools.extend(_tool(tool) for tool in tools)
 
 
 def _duration(value: float | timedelta) -> Duration:
@@ -174,7 +203,7 @@ def _duration(value: float | timedelta) -> Duration:
     try:
         duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
     except OverflowError:
-        raise ValueError(f"time_budget {value} is out of range") from None
+        raise ValueError(f"{value} is out of range") from None
     return duration
 
 

@@ -5,9 +5,10 @@
 """
 
 from router.settings.backends import LlamaCppSettings, LlamaServerSettings, MlxSettings, OllamaSettings
-from router.settings.load import Settings, describe_problem, effective_settings, load_settings
+from router.settings.load import Settings, effective_settings, load_settings
 from router.settings.models import ModelSettings, SamplingSettings
 from router.settings.places import CONFIG_VARIABLE, ENV_PREFIX, HOME_VARIABLE, data_home, default_config_path
+from router.settings.problems import describe_problem
 from router.settings.service import DiscoverySettings, ResilienceSettings, SchedulerSettings, ServerSettings
 from router.settings.table import MODEL_NAME
 

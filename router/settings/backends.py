@@ -12,6 +12,7 @@ from router.settings.table import Table
 
 BUILT_IN_BACKENDS = ("llama_cpp", "mlx")
 KINDS_BY_NAME = (*BUILT_IN_BACKENDS, "ollama")  # backends of these names need not say their kind
+KINDS = (*KINDS_BY_NAME, "llama_server")
 
 
 class LlamaCppSettings(Table):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,7 +16,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from router.settings.backends import BUILT_IN_BACKENDS, KINDS_BY_NAME, BackendSettings, LlamaServerSettings, MlxSettings
+from router.settings.backends import (
+    BUILT_IN_BACKENDS,
+    KINDS_BY_NAME,
+    BackendSettings,
+    LlamaServerSettings,
+    MlxSettings,
+)
 from router.settings.models import ModelSettings, SamplingSettings
 from router.settings.places import CONFIG_VARIABLE, ENV_PREFIX, HOME_VARIABLE, data_home, default_config_path
 from router.settings.service import DiscoverySettings, ResilienceSettings, SchedulerSettings, ServerSettings
@@ -93,7 +100,8 @@ def load_settings(path: Path | None = None) -> Settings:
 
     Raises:
         FileNotFoundError: `path`, or the file that $MTP_ROUTER_CONFIG names, does not exist.
-        pydantic.ValidationError, ValueError, tomllib.TOMLDecodeError: the settings are not valid.
+        OSError: it cannot be read.
+        pydantic.ValidationError, ValueError: the settings are not valid.
     """
     named = path is not None or CONFIG_VARIABLE in os.environ
     file = path or default_config_path()
@@ -104,7 +112,12 @@ def load_settings(path: Path | None = None) -> Settings:
     class FromFile(Settings):
         model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": file if file.is_file() else None})
 
-    settings = FromFile()
+    try:
+        settings = FromFile()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text, from byte {error.start} on") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
     base = file.parent if file.is_file() else data_home() / "models"
     models = {name: _absolute(model, base) for name, model in settings.models.items()}
     folders = tuple(base / folder.expanduser() for folder in settings.discovery.folders)
@@ -125,19 +138,6 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
             continue
         if variable.upper().split("__")[0] not in tables:
             raise ValueError(f"unknown environment variable {variable}; tables are {', '.join(sorted(tables))}")
-
-
-def describe_problem(error: OSError | ValueError) -> str:
-    """Why `load_settings` failed, without the values that stand in the settings: some are secrets."""
-    if isinstance(error, ValidationError):
-        problems = [
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        return "invalid settings: " + "; ".join(problems)
-    if isinstance(error, OSError):
-        return f"cannot read the settings: {error.strerror or error}"
-    return f"invalid settings: {error}"
 
 
 def effective_settings(settings: Settings) -> dict[str, Any]:

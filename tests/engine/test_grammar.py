@@ -204,6 +204,39 @@ def test_too_much_work_in_mid_reply_is_told(text, monkeypatch):
     assert caught.value.reason is ErrorReason.GRAMMAR_LIMIT
 
 
+# An ambiguous rule, of which every digit makes the next row longer.
+CROWDED = ResponseFormat(
+    FormatKind.LARK, 'start: n ("+" n)*\nn: "(" start ")" | /[0-9]{1,3}/ | /[0-9]{2,5}/ | start start'
+)
+
+
+def test_a_limit_met_at_a_token_that_may_follow_sets_no_reply_free(text, monkeypatch):
+    monkeypatch.setattr(grammar, "_LIMITS", grammar.LLParserLimits(max_items_in_row=20, verbose_errors=False))
+    digit, letter = text.encode("1")[0], text.encode("x")[0]
+    follower = text.compile(CROWDED)
+    for _ in range(100):
+        allowed = follower.mask(())
+        assert allowed is not None
+        assert allowed[digit // 32] >> digit % 32 & 1
+        assert follower.mask((letter,)) is None  # a draft that the rule forbids
+        try:
+            assert follower.mask((digit,)) is not None
+        except EngineError:
+            break
+        follower.commit([digit])
+    follower.mask(())  # a draft alone ends nothing
+    for more in ([digit], [digit, digit], [letter]):
+        follower.commit(more)
+        with pytest.raises(EngineError) as caught:
+            follower.mask(())
+        assert caught.value.reason is ErrorReason.GRAMMAR_LIMIT
+
+
+def test_ids_that_pad_the_vocabulary_stand_for_nothing(text):
+    size = text._tokenizer.get_vocab_size()
+    assert [text.token_bytes(token) for token in (size, size + 63)] == [b"", b""]
+
+
 def test_bytes_of_tokens(text):
     assert text.token_bytes(text.encode("a")[0]) == b"a"
     assert b"".join(text.token_bytes(token) for token in text.encode("né ")) == "né ".encode()

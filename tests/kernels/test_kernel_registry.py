@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mtp_kernels import registry as module
 from mtp_kernels.registry import CHECK_ROWS, FALLBACK, Case, Registry, Run
+from mtp_kernels.store import write_json
 
 INPUT = mx.random.normal((CHECK_ROWS, 16), key=mx.random.key(0)).astype(mx.float16)
 
@@ -152,3 +154,42 @@ def test_an_unreadable_store_counts_as_empty(tmp_path: Path, text: str) -> None:
     store = tmp_path / "checks.json"
     store.write_text(text)
     assert Registry(store).resolve(case(right)) is right
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_store_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "folder").write_text("a file")
+    run = Counting()
+    registry = Registry(tmp_path / "folder" / "checks.json")
+    assert registry.resolve(case(run)) is run
+    assert registry.resolve(case(run)) is run
+    assert "checks.json cannot be written" in caplog.text
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "store.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    other = file.with_name("folder")
+    other.mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_json(other, {})
+    assert sorted(path.name for path in file.parent.iterdir()) == ["folder", "store.json"]
+
+
+def test_two_processes_that_write_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "store.json"
+    real = Path.replace
+
+    def while_another_writes(source: Path, target: Path) -> Path:
+        if os.getpid() != 1:
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            write_json(file, {"other": 1})
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "replace", while_another_writes)
+    write_json(file, {"own": 1})
+    assert json.loads(file.read_text()) == {"own": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import Catalog, ModelEntry, read_catalog
 from router.client import AsyncClient, Client, ModelNotFoundError, RouterCallError
 from router.dispatch import Dispatcher
-from router.domain import GenerationRequest, ModelState, RouterError, Started, TextPrompt
+from router.domain import (
+    BackendKind,
+    Capability,
+    CapabilityFact,
+    GenerationRequest,
+    ModelFormat,
+    ModelState,
+    RouterError,
+    Started,
+    TextPrompt,
+)
 from router.lifecycle import Lifecycle
 from router.refresh import Reader, Refreshed, refresh
 from router.server import RouterServer, build_backends
@@ -37,6 +48,9 @@ from router.settings import Settings, load_settings
 def dispatcher(*entries: ModelEntry, script: Any = None) -> tuple[Dispatcher, ScriptedBackend]:
     backend = ScriptedBackend(script) if script else ScriptedBackend()
     return Dispatcher(Catalog(entries), {"scripted": backend}), backend
+
+
+HEAD = {item: CapabilityFact(True, "test") for item in Capability}
 
 
 def rewritten(name: str) -> ModelEntry:
@@ -83,6 +97,21 @@ async def test_what_is_in_use_stays_until_it_is_not() -> None:
     assert router.catalog.resolve("goes").name == "comes"
     backend.in_memory["busy"] = ModelState.LOADING
     assert (await refresh(router, catalog(entry("comes", aliases=["goes"])))).kept == ("busy",)
+
+
+async def test_every_lane_that_may_have_answered_lets_go() -> None:
+    checkpoint = replace(
+        entry("m", model_facts=facts(format=ModelFormat.CHECKPOINT, capabilities=HEAD)), gguf=entry("m")
+    )
+    engine, other = ScriptedBackend(name="mlx", kind=BackendKind.MLX), ScriptedBackend(name="llama_cpp")
+    router = Dispatcher(Catalog([checkpoint]), {"mlx": engine, "llama_cpp": other})
+    assert router.route("m")[2] is engine
+    changed = catalog(replace(checkpoint, gguf=rewritten("m")))
+    other.running = 1  # it answers since the engine was down
+    assert (await refresh(router, changed)).kept == ("m",)
+    other.running = 0
+    assert (await refresh(router, changed)).changed == ("m",)
+    assert (engine.in_memory, other.in_memory) == ({"m": ModelState.COLD}, {"m": ModelState.COLD})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -147,7 +176,9 @@ async def said(client: AsyncClient, model: str) -> str:
     return str(answer.output.text)
 
 
-async def test_a_file_that_was_replaced_is_served_anew(home: Home, serve: Serve) -> None:
+async def test_a_file_that_was_replaced_is_served_anew(
+    home: Home, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     home.settle('[discovery]\nfolders = ["."]\n')
     home.script("words.gguf", " old")
     client = await serve()
@@ -158,6 +189,9 @@ async def test_a_file_that_was_replaced_is_served_anew(home: Home, serve: Serve)
     assert await said(client, "words") == " new"
     assert list((await client.refresh()).changed) == []
     assert (await client.get_model("words")).state == v1.MODEL_STATE_READY  # what did not change stays loaded
+    (home.folder / "words.gguf").write_bytes(b"junk")
+    assert list((await client.refresh()).changed) == ["words"]
+    assert "words cannot be served: words.gguf is not a usable GGUF file" in caplog.text
     (home.folder / "words.gguf").unlink()
     assert list((await client.refresh()).removed) == ["words"]
     with pytest.raises(ModelNotFoundError):
@@ -214,7 +248,7 @@ async def test_settings_that_cannot_be_read_change_nothing(
             await client.refresh()
         assert caught.value.reason == "SETTINGS_INVALID"
         assert "pth" not in caught.value.message
-    assert "models.words.pth: Extra inputs are not permitted" in caplog.text
+    assert "models.words.pth: there is no such setting" in caplog.text
     assert "backends.rack.llama_server.url: must be like" in caplog.text
     assert "open-sesame" not in caplog.text
     assert await said(client, "words") == " hi"
@@ -265,14 +299,15 @@ async def test_tags_are_read_again_and_kept_while_their_server_is_away(tmp_path:
 # --------------------------------------------------------------------------------------------------------------------
 # The command
 
+COMMAND = [sys.executable, "-c", "import sys; from router.cli import main; sys.exit(main())"]
+
 
 @pytest.fixture
 def process(home: Home) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", "import sys; from router.cli import main; sys.exit(main())"]
     arguments = ["serve", "--json", "--config", str(home.file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTP_ROUTER_")}
     served = subprocess.Popen(
-        [*command, *arguments],
+        [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -296,3 +331,15 @@ def test_sighup_refreshes_and_sigterm_still_drains(home: Home, process: tuple[su
             assert served.poll() is None
     served.send_signal(signal.SIGTERM)
     assert served.wait(10) == 0
+
+
+def test_a_server_says_at_its_start_what_it_cannot_serve(home: Home) -> None:
+    home.settle('[models.words]\npath = "gone.gguf"\n')
+    arguments = [*COMMAND, "serve", "--config", str(home.file)]
+    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stderr is not None
+        first = served.stderr.readline()
+        served.send_signal(signal.SIGTERM)
+        served.communicate(timeout=60)
+    assert "WARNING" in first
+    assert "words cannot be served: gone.gguf does not exist" in first

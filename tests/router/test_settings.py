@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from router.settings import effective_settings, load_settings
+from router.settings import describe_problem, effective_settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,40 @@ def test_model_paths_start_at_the_settings_file(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said.replace("[", r"\[").replace("]", r"\]")):
         load_settings(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[server]\nlistn = 'x'\n", "server.listn: there is no such setting; is 'listen' meant?"),
+        ("[models.a]\npth = 'x'\n", "models.a.pth: there is no such setting; is 'path' meant?"),
+        ("zzz = 1\n", "zzz: there is no such setting"),
+        ("[backends.x]\nurl='y'\n", "backends.x: kind must be one of llama_cpp, mlx, ollama, llama_server"),
+        ("[backends.x]\nkind='y'\n", "backends.x: kind must be one of llama_cpp, mlx, ollama, llama_server"),
+        ("[models.a]\npath='x'\naliases='b'\n", "models.a.aliases: must be a list"),
+        ("[models.a]\npath=3\n", "models.a.path: must be a path"),
+        ("models=3\n", "models: must be a table"),
+        ("[models]\na=3\n", "models.a: must be a table"),
+        ("backends=3\n", "backends: must be a table"),
+        ("[backends]\nmlx=3\n", "backends.mlx: must be a table"),
+        ("server=3\n", "server: must be a table"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_of_the_file(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  described below
+        load_settings(write(tmp_path, text))
+    assert said in describe_problem(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"\xff\xfe", "is not UTF-8 text, from byte 0 on"), (b"[server\n", "is not TOML: Expected ']'")]
+)
+def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path, data: bytes, said: str) -> None:
+    file = tmp_path / "mtp-router.toml"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="mtp-router") as caught:
+        load_settings(file)
+    assert f"{file} {said}" in describe_problem(caught.value)
 
 
 @pytest.mark.parametrize("listen", ["localhost:1", "127.0.0.2:1", "[::1]:1", "unix:/tmp/x.sock"])

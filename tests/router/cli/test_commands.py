@@ -222,7 +222,6 @@ def test_without_a_server_it_says_how_to_start_one(arguments: list[str], capsys:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--prompt", "x", "--seed", "-1"], "-1"),
         (["--prompt", "x", "--label", "nothing"], "KEY=VALUE"),
         (["--prompt", "x", "--raw", "--system", "y"], "--raw"),
         (["--prompt", "x", "--schema", "/does/not/exist"], "cannot read /does/not/exist"),
@@ -493,3 +492,61 @@ def test_the_console_script_is_this_function() -> None:
     (script,) = entry_points(group="console_scripts", name="mtp-router")
     assert script.load() is main
     assert sys.modules["router.cli"].main is main
+
+
+@pytest.mark.parametrize("module", ["argparse", "grpc", "router.client", "router.cli.generate", "rich.console"])
+def test_ctrl_c_while_a_command_is_still_imported_is_quiet(command: list[str], module: str) -> None:
+    interrupted = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+    )
+    done = subprocess.run(
+        [command[0], "-c", interrupted + command[2], "generate", "--model", "m", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "--model", "m", "--prompt", "x", "--seed", "-1"], "--seed: '-1' is not a whole number from 0 to"),
+        (["generate", "--model", "m", "--prompt", "x", "--top-k", "4294967296"], "from 0 to 4294967295"),
+        (["generate", "--model", "m", "--prompt", "x", "--max-tokens", "few"], "--max-tokens: 'few' is not a whole"),
+        (["generate", "--model", "m", "--prompt", "\udc9c"], "--prompt: it is not UTF-8 text"),
+        (["explain", "\udc9c"], "name: it is not UTF-8 text"),
+        (["top", "--interval", "abc"], "--interval: 'abc' is not a number of seconds above 0"),
+        (["top", "--interval", "nan"], "--interval: 'nan' is not a number of seconds above 0"),
+        (["verify", "x", "--tokens", "abc"], "--tokens: 'abc' is not a whole number from 8 to 4096"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_it_may_be(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8:surrogateescape"])
+@pytest.mark.parametrize("option", ["--prompt", "--file", "--schema"])
+def test_standard_input_that_is_not_text_is_told(
+    router: FakeRouter, command: list[str], encoding: str, option: str
+) -> None:
+    prompt = ["--prompt", "x"] if option == "--schema" else []
+    done = subprocess.run(
+        [*command, "generate", "--target", router.address, "--model", "tiny", *prompt, option, "-"],
+        input=b"\x00\x9c\xff",
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"mtp-router: standard input is not UTF-8 text\n"
+    assert not router.requests

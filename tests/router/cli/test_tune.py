@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +49,15 @@ def test_without_metal_it_measures_and_saves_nothing(
 def test_it_takes_a_folder(tmp_path: Path, capsys: Capture) -> None:
     assert main(["tune", str(tmp_path / "nothing")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tuned:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "kernel-tuning.json")
+
+    monkeypatch.setattr(tune, "tune", full)
+    assert main(["tune", str(tmp_path)]) == 1
+    assert "what was measured cannot be saved: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
 def test_a_win_a_loss_and_failed_checks_are_told_apart() -> None:

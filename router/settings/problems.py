@@ -1,0 +1,52 @@
+"""Says why settings could not be read, in the words of the settings file."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from router.settings.backends import KINDS
+from router.settings.load import Settings
+from router.settings.table import Table
+
+
+def describe_problem(error: OSError | ValueError) -> str:
+    """Why `load_settings` failed, without the values that stand in the settings: some are secrets."""
+    if isinstance(error, ValidationError):
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {_in_words(item)}" for item in error.errors()]
+        return "invalid settings: " + "; ".join(problems)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"cannot read the settings: {where}{error.strerror or error}"
+    return f"invalid settings: {error}"
+
+
+def _in_words(item: ErrorDetails) -> str:
+    """What is wrong with one setting, in the words of the file where pydantic's are those of Python."""
+    match item["type"]:
+        case "extra_forbidden":
+            near = get_close_matches(str(item["loc"][-1]), _setting_names(), n=1)
+            return "there is no such setting" + (f"; is {near[0]!r} meant?" if near else "")
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"kind must be one of {', '.join(KINDS)}"
+        case "tuple_type":
+            return "must be a list"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "must be a table"
+        case "path_type":
+            return "must be a path"
+        case _:
+            return item["msg"].removeprefix("Value error, ")
+
+
+def _setting_names() -> list[str]:
+    """The names of all settings, in whatever table."""
+    tables: list[type[BaseModel]] = [Settings, Table]
+    names: set[str] = set()
+    while tables:
+        table = tables.pop()
+        names |= table.model_fields.keys()
+        tables += table.__subclasses__()
+    return sorted(names)
