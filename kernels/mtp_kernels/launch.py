@@ -1,7 +1,7 @@
 """From a kernel's source text to a callable launch.
 
 A CUDA kernel here is a file of device functions (`kernel.cu`) and a one-statement body that names the template
-arguments. MLX keeps compiled code on disk by kernel name alone, so the name carries a digest of everything compiled.
+arguments. MLX looks compiled code up by kernel name alone, so the name carries a digest of everything compiled.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.qwen3_5 import DecoderLayer
 from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.launch import platform, stands_in, version_of
@@ -22,7 +23,7 @@ from mtp_kernels.segments import Segments
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
-from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
+from mlx_mtp_backend.families.qwen3_5 import Qwen35, mixed_rows
 from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     Fixed,
@@ -31,6 +32,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import (
     Where,
     fused_layer,
 )
+from mlx_mtp_backend.families.qwen3_5_fused_mlp import FusedExperts
 from mlx_mtp_backend.families.qwen3_5_fused_pass import (
     MAX_PASS_ROWS,
     MAX_SEGMENT_ROWS,
@@ -74,6 +76,11 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        # On Metal mlx-lm's own product of many rows needs no compiling.
+        own = [*layers, *self._head_layers] if platform() == "cuda" else []
+        stocks = [*model.layers, *(stock.mtp.layers if stock.mtp else [])]
+        pairs = zip(stocks, own, strict=False)
+        self._experts = {id(twin): layer.mlp for twin, layer in pairs if isinstance(layer.mlp, FusedExperts)}
         # On Metal it has not been timed against stock operations.
         case = sampler_case(self.vocab_size, self._dtype)
         self.sampler = selection.optional(case) if platform() != "metal" else None
@@ -123,11 +130,11 @@ class FusedQwen35(Qwen35):
                 if isinstance(layer, FusedDelta):
                     runs = [partial(cache.run_many, delta) for cache in deltas]
                     x = x + layer.many_rows(stock, stock.input_layernorm(x), runs, parts)
-                    x = x + stock.mlp(stock.post_attention_layernorm(x))
                     delta += 1
                 else:
-                    x = decoder_rows(stock, x, plain, attention)
+                    x = mixed_rows(stock, x, plain, attention)
                     attention += 1
+                x = self.feed_forward(stock, x, segments)
                 mx.async_eval(x)  # type: ignore[no-untyped-call]
                 evaluate(before)
                 before = x
@@ -145,6 +152,13 @@ class FusedQwen35(Qwen35):
         take(segments, self._head_layers, after)
         normed = layout.gathered(normed)
         return Hidden(normed, normed if self.recycle_norm is Norm.POST else layout.gathered(before))
+
+    def feed_forward(self, layer: DecoderLayer, x: mx.array, segments: Sequence[Segment]) -> mx.array:
+        experts = self._experts.get(id(layer))
+        if experts is None:
+            return super().feed_forward(layer, x, segments)
+        # How many rows a sequence has decides how they are multiplied: never those of its neighbours.
+        return mx.concatenate([experts.many_rows(x[0, part]) for part in split_rows(segments)])[None]
 
     def logits(self, normed: mx.array) -> mx.array:
         if normed.shape[0] > MAX_PASS_ROWS:
