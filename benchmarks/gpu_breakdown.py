@@ -37,7 +37,7 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
     """Microseconds a step by kind of launch; chains run alone, so their sum need not equal the step."""
     start = sequence.carried[:1] * mx.ones((rows, 1), sequence.carried.dtype)
     own, segments = [Segment(sequence.trunk, rows)], Segments.of((rows,))
-    given = give(own, model.layers, Layout.of(own))
+    given = give(own, model.layers, Layout.of(own), whole=model.falls_back)
     (keep,), (position,) = given.where
     deltas = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedDelta)]
     attentions = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedAttention)]
@@ -86,7 +86,7 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
         for layer, ((keys, values, tail),) in attentions:
             own = mx.zeros((rows, layer.shape.width), x.dtype) + x[:, :1]
             queries, (tail,) = layer.prepare(own, [tail], [position], segments, layer.shape)
-            x = layer.attend(queries, [Context(keys, values, tail, position)], segments, own)
+            x = layer.attend(queries, [Context(keys, values, tail, position, given.bound)], segments, own)
         return x
 
     if mixtures:

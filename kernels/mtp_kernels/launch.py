@@ -121,6 +121,11 @@ def _metal_launch(
     return compiler(name=f"mtp_{name}_{digest}", input_names=inputs, output_names=outputs, source=body, header=header)
 
 
+def stands_in() -> bool:
+    """Whether something runs launches in MLX's place: at once, on copies of their arrays."""
+    return _other_compiler.get() is not None
+
+
 def host_ints(array: mx.array) -> list[int]:
     """The integers of a one-dimensional array, evaluated."""
     return cast(list[int], array.tolist())
