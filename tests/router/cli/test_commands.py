@@ -584,3 +584,9 @@ def test_chat_tells_of_input_that_is_not_text(router: FakeRouter, command: list[
     )
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"mtp-router: standard input is not UTF-8 text\n"
+
+
+def test_a_request_that_is_too_large_is_told(router: FakeRouter, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "long.txt").write_text("word " * 1_000_000)
+    assert generate(router, "--file", str(tmp_path / "long.txt")) == 1
+    assert f"larger than the server at {router.address} takes" in capsys.readouterr().err
