@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from mtp_kernels.registry import Registry  # noqa: E402
 from benchmarks import gpu_rounds  # noqa: E402
 from benchmarks.gpu_breakdown import breakdown, launches  # noqa: E402
 from benchmarks.gpu_models import SHAPES, Shape, build, weight_bytes  # noqa: E402
-from mlx_mtp_backend.cache import begin, commit  # noqa: E402
+from mlx_mtp_backend.cache import LayerCache, begin, commit  # noqa: E402
 from mlx_mtp_backend.families.base import Segment  # noqa: E402
 from mlx_mtp_backend.families.qwen3_5 import Qwen35  # noqa: E402
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused  # noqa: E402
-from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedKVCache  # noqa: E402
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache  # noqa: E402
 
 CONTEXT, LONG_CONTEXT = 512, 16_384
 ACCEPTANCE = (0.85, 0.72, 0.61, 0.52, 0.44)  # of draft i and all before it; the first three are the reference law
@@ -103,17 +103,24 @@ def qmm4_speedup() -> dict[str, float]:
     return {"ours_us": seconds(ours) * 1e6, "stock_us": seconds(stock) * 1e6}
 
 
+def stock_contents(trunk: Sequence[LayerCache]) -> tuple[list[tuple[mx.array, ...]], list[tuple[mx.array, ...]]]:
+    """Of a prefilled sequence: recurrent state and window by layer, keys and values by layer."""
+    delta, kv = trunk
+    assert isinstance(delta, FusedDeltaCache)
+    assert isinstance(kv, FusedKVCache)
+    snapshot, rows = delta.snapshot(), kv.rows(0, kv.offset)
+    return list(zip(snapshot[::2], snapshot[1::2], strict=True)), list(zip(rows[::2], rows[1::2], strict=True))
+
+
 def stock_step(model: Qwen35, sequence: gpu_rounds.Prefilled, steps: int = 64) -> float:
     """Seconds of mlx-lm's greedy step from a prefilled sequence, steps queued ahead."""
     cache = model.text.make_cache()
-    for layer, ours in zip(cache, sequence.trunk, strict=True):
-        if isinstance(ours, FusedKVCache):
-            ours.settle()
-            keys, values = ours.arrays
-            layer.update_and_fetch(keys[..., : ours.offset, :], values[..., : ours.offset, :])
+    states, rows = (iter(own) for own in stock_contents(sequence.trunk))
+    for layer, stock in zip(cache, model.text.model.layers, strict=True):
+        if stock.is_linear:
+            layer[1], layer[0] = next(states)
         else:
-            recurrent, window, _ = ours.arrays
-            layer[0], layer[1] = mx.expand_dims(window, 0), mx.expand_dims(recurrent, 0)
+            layer.update_and_fetch(*next(rows))
     tokens = [sequence.following]
     for count in (4, steps):
         mx.synchronize()

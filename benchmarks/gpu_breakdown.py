@@ -11,14 +11,17 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+from mtp_kernels.few_row_attention import Context
 from mtp_kernels.few_row_matmul import counters
 from mtp_kernels.gated_delta import DeltaState
+from mtp_kernels.segments import Segments
 
 from benchmarks.gpu_rounds import Prefilled
 from mlx_mtp_backend.cache import begin, commit
 from mlx_mtp_backend.families.base import Segment
-from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, pass_states
+from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
 from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedDelta, Product
+from mlx_mtp_backend.families.qwen3_5_fused_pass import Layout, give
 
 _QUEUED = 12  # chains
 # Nodes of MLX's graph that launch nothing.
@@ -30,9 +33,11 @@ _VIEWS = {
 def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[str, float]:
     """Microseconds a step by kind of launch; chains run alone, so their sum need not equal the step."""
     start = sequence.carried[:1] * mx.ones((rows, 1), sequence.carried.dtype)
-    states = pass_states(Segment(sequence.trunk, rows))
-    deltas = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedDelta)]
-    attentions = [(la, s) for la, s in zip(model.layers, states, strict=True) if isinstance(la, FusedAttention)]
+    own, segments = [Segment(sequence.trunk, rows)], Segments.of((rows,))
+    given = give(own, model.layers, Layout.of(own))
+    (keep,), (position,) = given.where
+    deltas = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedDelta)]
+    attentions = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedAttention)]
 
     def products(x: mx.array, pick: Callable[[FusedDelta | FusedAttention], Product]) -> mx.array:
         """A chain of one product a layer, tied by one column: what that adds is one small copy a layer."""
@@ -43,16 +48,16 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
         return x
 
     def recurrence(x: mx.array) -> mx.array:
-        for layer, (recurrent, window, pending, keep) in deltas:
-            fresh = mx.broadcast_to(pending[:1], (rows, pending.shape[1])) + x[:, :1]
-            x, _, _ = layer.run(fresh, DeltaState(recurrent, window, pending), keep, layer.weights)
+        for layer, state in deltas:
+            fresh = mx.zeros((rows, layer.weights.width), x.dtype) + x[:, :1]
+            x, _ = layer.run(fresh, DeltaState(*state), keep, layer.weights, segments)
         return x
 
     def attention(x: mx.array) -> mx.array:
-        for layer, (keys, values, tail, position) in attentions:
+        for layer, ((keys, values, tail),) in attentions:
             own = mx.zeros((rows, layer.shape.width), x.dtype) + x[:, :1]
-            queries, tail = layer.prepare(own, tail, position, layer.shape)
-            x = layer.attend(queries, keys, values, tail, position, own)
+            queries, (tail,) = layer.prepare(own, [tail], [position], segments, layer.shape)
+            x = layer.attend(queries, [Context(keys, values, tail, position)], segments, own)
         return x
 
     chains = {

@@ -17,6 +17,8 @@ import mlx.core as mx  # noqa: E402
 from mtp_kernels.attention_inputs import AttentionShape  # noqa: E402
 from mtp_kernels.attention_inputs.probe import case as inputs_case  # noqa: E402
 from mtp_kernels.few_row_attention.probe import case as attention_case  # noqa: E402
+from mtp_kernels.few_row_experts import Experts  # noqa: E402
+from mtp_kernels.few_row_experts.probe import case as experts_case  # noqa: E402
 from mtp_kernels.few_row_matmul import Matrix  # noqa: E402
 from mtp_kernels.few_row_matmul.probe import case as matmul_case  # noqa: E402
 from mtp_kernels.gated_delta import DeltaWeights  # noqa: E402
@@ -57,6 +59,22 @@ def inputs(heads: int, kv_heads: int, rotary: int, dtype: mx.Dtype) -> Case:
     return inputs_case(AttentionShape(heads, kv_heads, *norms, eps=1e-6, rotary=rotary, theta=1e7), dtype)
 
 
+def experts(
+    sizes: tuple[int, int, int, int, int],
+    dtype: mx.Dtype,
+    routed: tuple[int, int] = (4, 64),
+    shared: tuple[int, int] = (4, 64),
+    *,
+    normalised: bool = True,
+) -> Case:
+    """Experts of random weights: (how many, of them a row's, hidden, width, shared width), bits and groups."""
+    count, top, hidden, width, shared_width = sizes
+    made = [matrix(count * n, k, *routed, dtype) for n, k in ((width, hidden), (width, hidden), (hidden, width))]
+    own = [(shared_width, hidden), (shared_width, hidden), (hidden, shared_width)]
+    made += [matrix(n, k, *shared, dtype) for n, k in own]
+    return experts_case(Experts(*made, count, top, normalised), dtype)
+
+
 def cases() -> list[Callable[[], Case]]:
     """Built one at a time, so that the first results show early."""
     made: list[Callable[[], Case]] = []
@@ -75,6 +93,12 @@ def cases() -> list[Callable[[], Case]]:
                 return matmul_case([matrix(n, 1280, b, g, d) for n in (520, 40)], d, norm=True)
 
             made.append(normed)
+        # The first has the sizes of 35B-A3B's experts; the last has more of them than lanes, and a share left over.
+        made.append(lambda d=dtype: experts((64, 8, 2048, 512, 512), d))
+        made.append(lambda d=dtype: experts((24, 3, 512, 256, 512), d, (4, 32), (8, 64)))
+        made.append(lambda d=dtype: experts((24, 3, 512, 256, 256), d, (4, 128), (16, 0)))
+        made.append(lambda d=dtype: experts((24, 24, 256, 128, 256), d, (8, 32), (8, 128)))
+        made.append(lambda d=dtype: experts((70, 5, 256, 384, 128), d, (16, 0), (16, 0), normalised=False))
     for bits, group in ((4, 64), (8, 64)):
         for shape in ("swiglu", "residual"):
 

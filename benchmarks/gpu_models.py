@@ -6,7 +6,9 @@ activations stay in range through all layers; embeddings are of size one, so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +23,7 @@ _ROPE = {"type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor":
 
 @dataclass(frozen=True)
 class Shape:
-    """A released model's dimensions."""
+    """A released model's dimensions; where it has experts, `intermediate` is the width of one."""
 
     name: str
     hidden: int
@@ -31,6 +33,9 @@ class Shape:
     kv_heads: int
     value_heads: int
     tied: bool
+    experts: int = 0
+    top: int = 0
+    shared_intermediate: int = 0
 
     def args(self) -> TextModelArgs:
         """mlx-lm's arguments for this shape."""
@@ -48,6 +53,10 @@ class Shape:
             linear_key_head_dim=128,
             linear_value_head_dim=128,
             tie_word_embeddings=self.tied,
+            num_experts=self.experts,
+            num_experts_per_tok=self.top,
+            moe_intermediate_size=self.intermediate,
+            shared_expert_intermediate_size=self.shared_intermediate,
             rope_parameters=dict(_ROPE),
         )
 
@@ -55,6 +64,7 @@ class Shape:
 SHAPES = {
     "27b": Shape("27b", 5120, 17408, 64, 24, 4, 48, tied=False),
     "4b": Shape("4b", 2560, 9216, 32, 16, 4, 32, tied=True),
+    "35b-a3b": Shape("35b-a3b", 2048, 512, 40, 16, 2, 32, tied=False, experts=256, top=8, shared_intermediate=512),
 }
 
 
@@ -66,7 +76,7 @@ def build(shape: Shape, *, head: bool = True, seed: int = 0) -> Qwen35:
     mtp = MTPHead(args) if head else None
     for module in (text, mtp):
         if module is not None:
-            _fill(module)
+            _fill(module, text.quant_predicate)
     return Qwen35(text, mtp)
 
 
@@ -81,30 +91,37 @@ def sharpen(model: Qwen35, factor: float) -> Qwen35:
 
 
 def weight_bytes(model: Qwen35, *, head: bool = False) -> int:
-    """Bytes that one trunk step with logits must read: everything but the embedding rows it does not look up."""
+    """Bytes that one trunk step with logits must read: everything but the embedding rows it does not look up, and
+    of experts those of one row."""
     arrays = dict(tree_flatten(model.text.parameters()))
-    if not model.text.args.tie_word_embeddings:
+    args = model.text.args
+    if not args.tie_word_embeddings:
         arrays = {name: array for name, array in arrays.items() if "embed_tokens" not in name}
-    total = sum(array.nbytes for array in arrays.values())
+    share = args.num_experts_per_tok / args.num_experts if args.num_experts else 0.0
+    total = sum(round(array.nbytes * (share if "switch_mlp" in name else 1)) for name, array in arrays.items())
     if head and model.mtp is not None:
         total += sum(array.nbytes for _, array in tree_flatten(model.mtp.parameters()))
     return total
 
 
-def _fill(module: nn.Module) -> None:
+def _fill(module: nn.Module, predicate: Callable[[str, nn.Module], Any] | None) -> None:
     module.set_dtype(mx.bfloat16)
-    nn.quantize(module, group_size=GROUP_SIZE, bits=BITS)
+    nn.quantize(module, group_size=GROUP_SIZE, bits=BITS, class_predicate=predicate and _quantisable(predicate))
     for _, part in module.named_modules():
         if "scales" not in part:
             continue
-        inputs = part.weight.shape[1] * 32 // BITS
+        inputs, levels = part.weight.shape[-1] * 32 // part.bits, 1 << part.bits
         # Two halves: randint draws through float32, which leaves the low bits of a wider range empty.
         high, low = (mx.random.randint(0, 1 << 16, part.weight.shape).astype(mx.uint32) for _ in range(2))
         part.weight = high * 65_536 + low
-        # Values 0..15 about 7.5 have a standard deviation of 4.6.
+        middle, deviation = (levels - 1) / 2, ((levels**2 - 1) / 12) ** 0.5  # of the packed values
         spread = mx.random.uniform(0.8, 1.2, part.scales.shape)
         size = 1.0 if isinstance(part, nn.QuantizedEmbedding) else inputs**-0.5
-        part.scales = (spread * size / 4.6).astype(mx.bfloat16)
-        part.biases = (-7.5 * part.scales.astype(mx.float32)).astype(mx.bfloat16)
+        part.scales = (spread * size / deviation).astype(mx.bfloat16)
+        part.biases = (-middle * part.scales.astype(mx.float32)).astype(mx.bfloat16)
         mx.eval(part.parameters())
     mx.eval(module.parameters())
+
+
+def _quantisable(predicate: Callable[[str, nn.Module], Any]) -> Callable[[str, nn.Module], Any]:
+    return lambda path, part: hasattr(part, "to_quantized") and predicate(path, part)

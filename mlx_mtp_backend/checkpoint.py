@@ -19,7 +19,7 @@ from mlx_mtp_backend.checkpoint_files import (
     text_config,
 )
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.families.layouts import LAYOUTS
+from mlx_mtp_backend.families.layouts import MAX_EXPERTS, HeadLayout, layout_of
 from mlx_mtp_backend.footprint import CacheFootprint, cache_footprint, positive
 from mlx_mtp_backend.safetensors_header import TensorInfo, read_json
 from mlx_mtp_backend.untrusted import allowed_roots
@@ -73,8 +73,19 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Routed experts of each layer, and how many of them a token is given to."""
+
+    count: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointReport:
-    """A checkpoint. Sizes are in bytes, lengths in tokens; None where the config does not say."""
+    """A checkpoint. Sizes are in bytes, lengths in tokens; None where the config does not say.
+
+    `weight_bytes` counts every expert: all are held, however few a token is given to.
+    """
 
     path: str
     family: str
@@ -90,6 +101,7 @@ class CheckpointReport:
     has_tokenizer: bool
     has_chat_template: bool
     cache: CacheFootprint | None = None
+    experts: Experts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for json.dumps."""
@@ -105,15 +117,17 @@ def inspect_checkpoint(path: Path, head_path: Path | None = None) -> CheckpointR
         head_path: where else to look for the head: a safetensors file, or the folder of the original checkpoint.
 
     Raises:
-        EngineError: CHECKPOINT_UNREADABLE, or CHECKPOINT_RUNS_CODE for a config that asks for Python of its own.
+        EngineError: CHECKPOINT_UNREADABLE, also for numbers in the config that cannot be; or CHECKPOINT_RUNS_CODE for
+            a config that asks for Python of its own.
     """
     config = read_config(path)
     text = text_config(config)
     files = find_tensors(path, head_path)
     family = str(config.get("model_type", "unknown"))
-    layout = LAYOUTS.get(family)
+    layout = layout_of(family, text)
     tensors = (*files.trunk.values(), *files.head.values())
-    mtp = _head_report(family, text, files)
+    experts = _experts(text) if layout is not None and layout.experts else None
+    mtp = _head_report(layout, text, files)
     return CheckpointReport(
         path=str(path),
         family=family,
@@ -129,17 +143,27 @@ def inspect_checkpoint(path: Path, head_path: Path | None = None) -> CheckpointR
         has_tokenizer=(path / "tokenizer.json").is_file(),
         has_chat_template=_has_template(path),
         cache=cache_footprint(text, 1 if mtp.status is MTPStatus.PRESENT else 0),
+        experts=experts,
     )
 
 
-def _head_report(family: str, text: dict[str, Any], files: CheckpointFiles) -> MTPReport:
+def _experts(text: dict[str, Any]) -> Experts:
+    count, per_token = _sizes(text, ("num_experts", "num_experts_per_tok"))
+    if count > MAX_EXPERTS:
+        raise _unusable("num_experts", f"of {count}: the limit is {MAX_EXPERTS}")
+    if per_token > count:
+        raise _unusable("num_experts_per_tok", f"of {per_token}: there are {count} experts")
+    return Experts(count, per_token)
+
+
+def _head_report(layout: HeadLayout | None, text: dict[str, Any], files: CheckpointFiles) -> MTPReport:
     declared_by = next((key for key in DECLARING_KEYS if positive(text, key)), None)
     declared = text[declared_by] if declared_by else 0
-    layout = LAYOUTS.get(family)
     found = files.head or _appended_layers(text, files.trunk)
     missing: tuple[str, ...] = ()
     if layout is not None and files.head:
-        missing = _missing(layout.tensors(_dimensions(text)), files.head)
+        _sizes(text, layout.sizes if text.get("head_dim") is None else (*layout.sizes, "head_dim"))
+        missing = _missing(layout.tensors(text, files.head), files.head)
     if not found:
         status = MTPStatus.DECLARED_BUT_ABSENT if declared else MTPStatus.NONE
     elif layout is None:
@@ -160,14 +184,20 @@ def _appended_layers(text: dict[str, Any], trunk: dict[str, TensorInfo]) -> dict
     return {name: tensor for name, tensor in trunk.items() if marker in name}
 
 
-def _dimensions(text: dict[str, Any]) -> dict[str, Any]:
-    needed = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
-    if text.get("head_dim") is not None:
-        needed.append("head_dim")
-    for key in needed:
-        if positive(text, key) is None:
-            raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, f"config.json gives no usable {key}", field=key)
-    return text
+def _sizes(text: dict[str, Any], keys: tuple[str, ...]) -> list[int]:
+    """These numbers of a text config, which must be above 0."""
+    sizes = []
+    for key in keys:
+        size = positive(text, key)
+        if size is None:
+            raise _unusable(key)
+        sizes.append(size)
+    return sizes
+
+
+def _unusable(key: str, why: str = "") -> EngineError:
+    detail = f"config.json gives no usable {key}" + (f", but one {why}" if why else "")
+    return EngineError(ErrorReason.CHECKPOINT_UNREADABLE, detail, field=key)
 
 
 def _missing(wanted: dict[str, tuple[int, ...]], head: dict[str, TensorInfo]) -> tuple[str, ...]:
@@ -182,9 +212,9 @@ def _missing(wanted: dict[str, tuple[int, ...]], head: dict[str, TensorInfo]) ->
 
 
 def _is_packed(name: str, shape: tuple[int, ...], head: dict[str, TensorInfo]) -> bool:
-    """An MLX-quantised matrix keeps its rows, packs its columns and has scales beside it."""
+    """An MLX-quantised matrix, or stack of them, keeps its rows, packs its columns and has scales beside it."""
     scales = head.get(name.removesuffix("weight") + "scales")
-    return scales is not None and len(shape) == 2 and head[name].shape[:1] == shape[:1] == scales.shape[:1]
+    return scales is not None and len(shape) > 1 and head[name].shape[:-1] == shape[:-1] == scales.shape[:-1]
 
 
 def _quantization(config: dict[str, Any]) -> Quantization | None:

@@ -51,45 +51,66 @@ class HeadDrafter:
     def draft(self, sequences: list[Sequence]) -> list[Draft | None]:
         runs = [_Run(sequence) for sequence in sequences if sequence.round_depth > 0]
         if runs:
-            self._catch_up(runs)
-        left = runs
-        while left := [run for run in left if len(run.tokens) < run.sequence.round_depth]:
-            tokens = mx.concatenate([run.tokens[-1] for run in left])
-            self._step(left, tokens, mx.concatenate([run.carried for run in left]), [1] * len(left))
-        drafts = {id(run.sequence): run.joined() for run in runs}
+            self._draft(runs)
+        drafts = {id(run.sequence): run.draft for run in runs}
         return [drafts.get(id(sequence)) for sequence in sequences]
 
-    def _catch_up(self, runs: list[_Run]) -> None:
+    def _draft(self, runs: list[_Run]) -> None:
+        """Step by step, each for all that want one more; rows of several sequences stay one array throughout."""
+        newest, carried = self._catch_up(runs)
+        steps, left = [newest], runs
+        while going := [run for run in left if len(run.tokens) < run.sequence.round_depth]:
+            if len(going) < len(left):
+                rows = mx.array([row for row, run in enumerate(left) if run in going])
+                newest, carried = newest[rows], carried[rows]
+            left = going
+            newest, carried = self._step(left, newest, carried, [1] * len(left))
+            steps.append(newest)
+        alike = len(left) == len(runs)
+        table = mx.stack(steps, axis=1) if alike else None
+        for row, run in enumerate(runs):
+            tokens = mx.concatenate(run.tokens) if table is None else table[row]
+            run.draft = Draft(tokens, sampling.joined(run.laws) if run.laws else None)
+
+    def _catch_up(self, runs: list[_Run]) -> tuple[mx.array, mx.array]:
         """Run the committed slots with true trunk hiddens; the last slot's output is the first draft, for free."""
         counts = [run.carried.shape[0] for run in runs]
         tokens = [token for run, count in zip(runs, counts, strict=True) for token in run.sequence.tokens[-count:]]
-        self._step(runs, mx.array(tokens, mx.int32), mx.concatenate([run.carried for run in runs]), counts)
+        carried = runs[0].carried if len(runs) == 1 else mx.concatenate([run.carried for run in runs])
+        return self._step(runs, mx.array(tokens, mx.int32), carried, counts)
 
-    def _step(self, runs: list[_Run], tokens: mx.array, carried: mx.array, counts: list[int]) -> None:
-        """One pass of the head; its last row of each sequence gives that sequence's next draft."""
+    def _step(
+        self, runs: list[_Run], tokens: mx.array, carried: mx.array, counts: list[int]
+    ) -> tuple[mx.array, mx.array]:
+        """One pass of the head; its last row of each sequence gives that sequence's next draft.
+
+        Returns:
+            the drafts, int32 [len(runs)], and what the head takes with them, [len(runs), hidden size].
+        """
         segments = [Segment(run.sequence.head, count) for run, count in zip(runs, counts, strict=True)]
         hidden = self._model.head(tokens, carried, segments)
-        ends = [end - 1 for end in itertools.accumulate(counts)]
-        if len(ends) == tokens.shape[0]:
-            newest = hidden.normed
-        else:
-            newest = hidden.normed[-1:] if len(ends) == 1 else hidden.normed[mx.array(ends)]
-        logits = self._model.logits(newest)
-        for run, end in zip(runs, ends, strict=True):
-            run.carried = hidden.carried[end : end + 1]
+        normed, carried = hidden.normed, hidden.carried
+        if len(runs) < tokens.shape[0]:
+            normed, carried = _last(normed, counts), _last(carried, counts)
+        logits = self._model.logits(normed)
         drawn = [draws.direct(self._model, run.sequence) and run.sequence.rule is Rule.COUPLING for run in runs]
         kinds = [
             None if direct else (run.sequence.sampling, run.sequence.rule)
             for run, direct in zip(runs, drawn, strict=True)
         ]
-        for kind, rows in grouped(kinds).items():
-            chosen, own = [runs[row] for row in rows], logits if len(rows) == len(runs) else logits[mx.array(rows)]
+        groups = grouped(kinds)
+        chosen = []
+        for kind, rows in groups.items():
+            own, some = [runs[row] for row in rows], logits if len(groups) == 1 else logits[mx.array(rows)]
             if kind is None:
-                _take(chosen, draws.draw(self._model, own, [_place(run) for run in chosen], Purpose.TARGET))
+                chosen.append(draws.draw(self._model, some, [_place(run) for run in own], Purpose.TARGET))
             else:
-                _choose(chosen, own, *kind)
-        # The device begins while the host builds what follows.
-        mx.async_eval([run.tokens[-1] for run in runs])  # type: ignore[no-untyped-call]
+                chosen.append(_choose(own, some, *kind))
+        drafts = reordered(chosen, groups)
+        for row, run in enumerate(runs):
+            run.tokens.append(drafts[row : row + 1])
+        mx.async_eval(drafts)  # type: ignore[no-untyped-call]  # the device begins while the host builds what follows
+        return drafts, carried
 
 
 def grouped(kinds: list[Kind]) -> dict[Kind, list[int]]:
@@ -100,8 +121,21 @@ def grouped(kinds: list[Kind]) -> dict[Kind, list[int]]:
     return places
 
 
+def reordered(parts: list[mx.array], groups: dict[Kind, list[int]]) -> mx.array:
+    """Joins what was worked out group by group, a row for each place, in the order of the places."""
+    if len(parts) == 1:
+        return parts[0]
+    order = list(itertools.chain.from_iterable(groups.values()))
+    return mx.concatenate(parts)[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _last(rows: mx.array, counts: list[int]) -> mx.array:
+    """The last of each sequence's rows."""
+    return rows[-1:] if len(counts) == 1 else rows[mx.array([end - 1 for end in itertools.accumulate(counts)])]
+
+
 class _Run:
-    """One sequence's drafts in the making; `carried` is what the head takes next, [rows, hidden size]."""
+    """One sequence's drafts in the making; `carried` is what the head takes first, [rows, hidden size]."""
 
     def __init__(self, sequence: Sequence) -> None:
         if not sequence.pending:
@@ -110,13 +144,11 @@ class _Run:
         self.carried = mx.concatenate(sequence.pending) if len(sequence.pending) > 1 else sequence.pending[0]
         self.tokens: list[mx.array] = []
         self.laws: list[Law] = []
-
-    def joined(self) -> Draft:
-        return Draft(mx.concatenate(self.tokens), sampling.joined(self.laws) if self.laws else None)
+        self.draft: Draft | None = None
 
 
-def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> None:
-    """The next draft of sequences that sample alike. logits: [len(runs), vocab size]."""
+def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule) -> mx.array:
+    """The next draft of sequences that sample alike, int32 [len(runs)]. logits: [len(runs), vocab size]."""
     parts = [
         (run.sequence.processors, slice(row, row + 1), mx.concatenate(run.tokens) if run.tokens else None)
         for row, run in enumerate(runs)
@@ -125,21 +157,15 @@ def _choose(runs: list[_Run], logits: mx.array, parameters: Sampling, rule: Rule
     law = sampling.transform(processed(logits, parts), parameters, exact=False)
     keys = noise.keys(run.sequence.seed for run in runs)
     positions = mx.array([_place(run)[1] for run in runs])
-    _take(runs, sampling.choose(law, keys, positions, draft_purpose(rule)))
     if rule is Rule.REJECTION:
         for row, run in enumerate(runs):
             run.laws.append(law.take(mx.array([row])))
+    return sampling.choose(law, keys, positions, draft_purpose(rule))
 
 
 def _place(run: _Run) -> tuple[Sequence, int]:
     """Whose the next draft is, and its absolute position."""
     return run.sequence, len(run.sequence.tokens) + len(run.tokens)
-
-
-def _take(runs: list[_Run], tokens: mx.array) -> None:
-    """Note each run's next draft. tokens: int32 [len(runs)]."""
-    for row, run in enumerate(runs):
-        run.tokens.append(tokens if len(runs) == 1 else tokens[row : row + 1])
 
 
 # (sequence, its absolute position) -> the token plain decoding would put there.

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_mtp_backend import acceptance, cache, draws, logprobs, noise, sampling
 from mlx_mtp_backend.acceptance import Outcome
 from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
-from mlx_mtp_backend.drafters import Draft, Drafter, grouped
+from mlx_mtp_backend.drafters import Draft, Drafter, grouped, reordered
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import evaluate, flags, ints, table
@@ -187,21 +187,37 @@ def _read(said: mx.array) -> _Read:
 
 
 def _build(model: Model, drafts: list[Draft | None], sequences: list[Sequence]) -> _Built:
-    rows: list[mx.array] = []
-    for sequence, draft in zip(sequences, drafts, strict=True):
-        rows.append(mx.array(sequence.tokens[-1:], mx.int32))
-        if draft is not None:
-            rows.append(draft.tokens)
     segments = [Segment(sequence.trunk, _rows(draft)) for sequence, draft in zip(sequences, drafts, strict=True)]
-    tokens = mx.concatenate(rows)
+    slices = split_rows(segments)
+    tokens = _verified(sequences, drafts)
     hidden = model.trunk(tokens, segments)
     logits = model.logits(hidden.normed)
-    outcome = _judge(model, sequences, drafts, split_rows(segments), logits)
+    outcome = _judge(model, sequences, drafts, slices, logits, _spoken_for(tokens, slices))
     measured = [
         None if one.logprobs is None else _measure(logits[part], draft, outcome, part, one.logprobs)
-        for one, draft, part in zip(sequences, drafts, split_rows(segments), strict=True)
+        for one, draft, part in zip(sequences, drafts, slices, strict=True)
     ]
     return _Built(drafts, tokens, segments, hidden, outcome, _all_finite(logits), measured)
+
+
+def _verified(sequences: list[Sequence], drafts: list[Draft | None]) -> mx.array:
+    """Each sequence's newest token and its drafts, one after another: int32 [R]."""
+    newest = mx.array([sequence.tokens[-1] for sequence in sequences], mx.int32)
+    known = [draft.tokens for draft in drafts if draft is not None]
+    if not known:
+        return newest
+    if len(known) == len(drafts) and len({tokens.shape for tokens in known}) == 1:  # the same in fewer launches
+        return mx.concatenate([newest[:, None], mx.stack(known)], axis=1).flatten()
+    pairs = zip(newest.split(len(drafts)), drafts, strict=True)
+    return mx.concatenate([part for own, draft in pairs for part in ([own] if draft is None else [own, draft.tokens])])
+
+
+def _spoken_for(tokens: mx.array, slices: list[slice]) -> mx.array:
+    """The draft that each row speaks for, which is the next row's token, -1 in the last row of each sequence."""
+    last = [row + 1 == part.stop for part in slices for row in range(part.start, part.stop)]
+    if all(last):
+        return mx.full(tokens.shape, -1, mx.int32)
+    return mx.where(mx.array(last), -1, mx.concatenate([tokens[1:], tokens[:1]]))
 
 
 def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slice, count: int) -> Measured:
@@ -214,7 +230,12 @@ def _measure(logits: mx.array, draft: Draft | None, outcome: Outcome, part: slic
 
 
 def _judge(
-    model: Model, sequences: list[Sequence], drafts: list[Draft | None], slices: list[slice], logits: mx.array
+    model: Model,
+    sequences: list[Sequence],
+    drafts: list[Draft | None],
+    slices: list[slice],
+    logits: mx.array,
+    spoken_for: mx.array,
 ) -> Outcome:
     """Every row of the pass; those that the kernel draws together, of the others those that sample alike."""
     rules = [
@@ -231,23 +252,30 @@ def _judge(
     ]
     treated = processed(logits, parts)
     groups = grouped(kinds)
-    outcomes, order = [], []
+    rows = {kind: [row for place in own for row in _range(slices[place])] for kind, own in groups.items()}
+    outcomes = []
     for kind, places in groups.items():
-        rows = [row for place in places for row in range(slices[place].start, slices[place].stop)]
-        source = logits if kind is None else treated
-        own = source if len(groups) == 1 else source[mx.array(rows)]
+        source, own = logits if kind is None else treated, spoken_for
+        if len(groups) > 1:
+            source, own = source[mx.array(rows[kind])], own[mx.array(rows[kind])]
         members = [(sequences[place], drafts[place]) for place in places]
-        outcomes.append(_draw(model, members, own) if kind is None else _judge_alike(members, own, *kind))
-        order += rows
-    if len(outcomes) == 1:
-        return outcomes[0]
-    back = mx.argsort(mx.array(order))
-    stands, token = (mx.concatenate([getattr(o, name) for o in outcomes])[back] for name in ("stands", "token"))
+        outcomes.append(
+            _draw(model, members, source, own) if kind is None else _judge_alike(members, source, own, *kind)
+        )
+    stands, token = (reordered([getattr(o, name) for o in outcomes], rows) for name in ("stands", "token"))
     return Outcome(stands, token)
 
 
+def _range(part: slice) -> range:
+    return range(part.start, part.stop)
+
+
 def _judge_alike(
-    members: list[tuple[Sequence, Draft | None]], logits: mx.array, parameters: Sampling, rule: Rule
+    members: list[tuple[Sequence, Draft | None]],
+    logits: mx.array,
+    spoken_for: mx.array,
+    parameters: Sampling,
+    rule: Rule,
 ) -> Outcome:
     seeds: list[int] = []
     positions: list[int] = []
@@ -261,27 +289,20 @@ def _judge_alike(
         laws += [draft.law] if draft is not None and draft.law is not None else []
     p = sampling.transform(logits, parameters)
     q = joined(laws) if laws else None
-    return acceptance.judge(
-        rule, p, q, _drafts(members), drafted, noise.keys(seeds), mx.array(positions), logits.shape[-1]
-    )
+    return acceptance.judge(rule, p, q, spoken_for, drafted, noise.keys(seeds), mx.array(positions), logits.shape[-1])
 
 
-def _draw(model: Model, members: list[tuple[Sequence, Draft | None]], logits: mx.array) -> Outcome:
+def _draw(
+    model: Model, members: list[tuple[Sequence, Draft | None]], logits: mx.array, spoken_for: mx.array
+) -> Outcome:
     """Coupling through the kernel."""
     places = [(one, len(one.tokens) + row) for one, draft in members for row in range(_rows(draft))]
     token = draws.draw(model, logits, places, Purpose.TARGET)
-    return Outcome(token == _drafts(members), token)
+    return Outcome(token == spoken_for, token)
 
 
 def _rows(draft: Draft | None) -> int:
     return 1 + (0 if draft is None else draft.tokens.shape[0])
-
-
-def _drafts(members: list[tuple[Sequence, Draft | None]]) -> mx.array:
-    """The draft that each row speaks for, -1 in the last row of each sequence: int32 [R]."""
-    none = mx.array([-1], mx.int32)
-    parts = [part for _, draft in members for part in ([none] if draft is None else [draft.tokens, none])]
-    return mx.concatenate(parts)
 
 
 def _commit(sequence: Sequence, built: _Built, read: _Read, place: int) -> Committed:

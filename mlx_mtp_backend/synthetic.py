@@ -9,6 +9,8 @@ Names, shard index, zero-centred norms and the un-transposed convolution are tho
   alignment and gives readable output; it can prove nothing about caches, and it does not read its prompt.
 * history: random weights, logits depend on every token before. It speaks nonsense, and a cache that is wrong anywhere
   changes it: exactness is proved on this kind.
+
+Either with dense layers or, given a number of experts, with mixtures of them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_mtp_backend import synthetic_text
-from mlx_mtp_backend.families.layouts import qwen3_5_head
+from mlx_mtp_backend.families.layouts import PROJECTIONS, Spelling, qwen3_5_head, qwen3_5_moe_head
 
 Weights = dict[str, np.ndarray]
 HEAD_PLACES = ("shards", "side", "folder", "none")
@@ -42,6 +44,9 @@ class Recipe:
         head: where the head's tensors go: in the shards, mtp.safetensors, mtp/, or nowhere.
         interval: every how many layers one has full attention.
         head_dim, linear_dim: size of attention and Gated DeltaNet heads; 256 and 128 are what the GPU kernels take.
+        width: of the MLP, or of the shared expert; routed experts have a third of it.
+        experts: routed experts of every layer, 0 for dense layers; a token goes to `top_k` of them.
+        spelling: of the head's experts; the trunk's are fused, as released.
     """
 
     kind: str = "history"
@@ -57,6 +62,9 @@ class Recipe:
     head: str = "shards"
     context: int = 4096
     seed: int = 0
+    experts: int = 0
+    top_k: int = 2
+    spelling: Spelling = Spelling.FUSED
 
     def __post_init__(self) -> None:
         if self.kind not in ("pass-through", "history") or self.head not in HEAD_PLACES:
@@ -65,6 +73,8 @@ class Recipe:
             raise ValueError("acceptance must be in [0, 1]")
         if self.tied and self.kind == "pass-through":
             raise ValueError("a pass-through chain needs a head of its own; tied is for history")
+        if self.experts and not 0 < self.top_k <= self.experts:
+            raise ValueError("a token goes to at least one expert and at most all of them")
 
 
 def write(folder: Path, recipe: Recipe) -> Path:
@@ -75,22 +85,50 @@ def write(folder: Path, recipe: Recipe) -> Path:
     text = _text_config(recipe, vocab_size)
     rng = np.random.default_rng(recipe.seed)
     trunk = _trunk(text, rng)
-    head = {name: _random(name, shape, rng) for name, shape in qwen3_5_head(text).items()}
+    head = {name: _random(name, shape, rng) for name, shape in _head_shapes(text).items()}
     if recipe.kind == "pass-through":
         _pass_through(trunk, head, tokenizer, recipe, rng)
     if recipe.tied:
         del trunk["lm_head.weight"]
+    if recipe.experts:
+        head = respelled(head, recipe.spelling)
     _save(folder, recipe, text, trunk, head)
     synthetic_text.save_tokenizer(tokenizer, folder)
     return folder
 
 
+def respelled(head: Weights, spelling: Spelling) -> Weights:
+    """A head with fused experts, with them in another spelling."""
+    if spelling is Spelling.FUSED:
+        return head
+    plain, layer = dict(head), "layers.0.mlp."
+    gate, up = np.split(plain.pop(f"{layer}experts.gate_up_proj"), 2, axis=1)
+    for name, stack in zip(PROJECTIONS, (gate, up, plain.pop(f"{layer}experts.down_proj")), strict=True):
+        if spelling is Spelling.STACKED:
+            plain[f"{layer}switch_mlp.{name}.weight"] = stack
+        else:
+            plain |= {f"{layer}experts.{number}.{name}.weight": one for number, one in enumerate(stack)}
+    return plain
+
+
+def _head_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return (qwen3_5_moe_head if "num_experts" in text else qwen3_5_head)(text)
+
+
 def _text_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    mlp: dict[str, Any] = {"intermediate_size": recipe.width}
+    if recipe.experts:
+        mlp = {
+            "num_experts": recipe.experts,
+            "num_experts_per_tok": recipe.top_k,
+            "moe_intermediate_size": recipe.width // 3,
+            "shared_expert_intermediate_size": recipe.width,
+        }
     return {
-        "model_type": "qwen3_5_text",
+        "model_type": f"{_family(recipe)}_text",
         "vocab_size": vocab_size,
         "hidden_size": vocab_size if recipe.kind == "pass-through" else recipe.hidden,
-        "intermediate_size": recipe.width,
+        **mlp,
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -128,7 +166,7 @@ def _trunk(text: dict[str, Any], rng: np.random.Generator) -> Weights:
 def _attention_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
         name.removeprefix("layers.0."): shape
-        for name, shape in qwen3_5_head(text).items()
+        for name, shape in _head_shapes(text).items()
         if name.startswith("layers.0.")
     }
 
@@ -172,7 +210,7 @@ def _pass_through(
 ) -> None:
     """Embed tokens as unit vectors, let every layer add nothing, and read the chain's row off by the output matrix."""
     vocab_size = len(trunk["lm_head.weight"])
-    silent = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+    silent = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
     for weights in (trunk, head):
         for name, value in weights.items():
             is_norm = value.ndim == 1 and "linear_attn" not in name
@@ -234,15 +272,20 @@ def _write_tensors(file: Path, tensors: Weights) -> None:
     mx.save_safetensors(str(file), arrays, metadata={"format": "pt"})
 
 
+def _family(recipe: Recipe) -> str:
+    return "qwen3_5_moe" if recipe.experts else "qwen3_5"
+
+
 def _config(recipe: Recipe, text: dict[str, Any]) -> dict[str, Any]:
+    family, name = _family(recipe), "Qwen3_5Moe" if recipe.experts else "Qwen3_5"
     if not recipe.wrapper:
-        return text | {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForCausalLM"], "dtype": "bfloat16"}
+        return text | {"model_type": family, "architectures": [f"{name}ForCausalLM"], "dtype": "bfloat16"}
     return {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": family,
         "text_config": text | {"dtype": "bfloat16"},
         "tie_word_embeddings": recipe.tied,
-        "vision_config": {"model_type": "qwen3_5", "depth": 0},
+        "vision_config": {"model_type": family, "depth": 0},
     }
 
 
@@ -254,6 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=64, help="history: hidden size")
     parser.add_argument("--width", type=int, default=96, help="width of the MLP")
+    parser.add_argument("--experts", type=int, default=0, help="routed experts of every layer; 0: dense layers")
+    parser.add_argument("--top-k", type=int, default=2, help="experts that a token goes to")
     parser.add_argument("--interval", type=int, default=2, help="every how many layers one has full attention")
     parser.add_argument("--head", choices=HEAD_PLACES, default="shards", help="where the head's tensors go")
     parser.add_argument("--text-only", action="store_true", help="no multimodal wrapper")

@@ -27,7 +27,7 @@ from mlx_mtp_backend.checkpoint import inspect_checkpoint
 from mlx_mtp_backend.families.base import Driver, Model, Segment
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import fused, model_key, products
-from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported
 
 ROWS = (1, 2, 4)
 """Rows of the steps that trials time: plain decoding and verify passes."""

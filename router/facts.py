@@ -165,6 +165,7 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
         context_length=report.context_length,
         size_bytes=report.weight_bytes,
         cache_bytes=report.cache.bytes_per_token if report.cache else None,
+        experts=(report.experts.count, report.experts.per_token) if report.experts else None,
         capabilities=_checkpoint_capabilities(report, template),
         head=HeadFacts(
             declared_layers=report.mtp.declared,

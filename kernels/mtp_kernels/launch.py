@@ -79,20 +79,23 @@ def cuda_launch(
     outputs: tuple[str, ...],
     shared_memory: int = 0,
     threads: int = 0,
+    common: tuple[str, ...] = (),
 ) -> Launch:
     """Callable for one CUDA kernel, compiled at its first evaluation.
 
-    The device functions of `kernel.cu` beside `package_file` are included by path: MLX hashes the text that it is given
-    at every launch, which for whole kernels takes longer than anything else on the host. `shared_memory` is dynamic
+    The device functions of `kernel.cu` beside `package_file`, and the `common` texts of this package before them, are
+    included by path: MLX hashes the text that it is given at every launch, which for whole kernels takes longer than
+    anything else on the host. `shared_memory` is dynamic
     shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so the name carries that
     figure too. `threads` bounds a block: without it the compiler may give a thread more registers than a large block
     has, and MLX's signature says none, so the word that opens it is defined anew.
     """
-    functions = source_text(package_file, "kernel.cu")
-    header = f'#include "{Path(package_file).resolve().with_name("kernel.cu").as_posix()}"\n'
+    files = [*(Path(__file__).with_name(name) for name in common), Path(package_file).with_name("kernel.cu")]
+    header = "".join(f'#include "{file.resolve().as_posix()}"\n' for file in files)
     if threads:
         header += f"#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)\n"
-    digest = version_of(functions, body, ",".join(inputs), ",".join(outputs), str(shared_memory), str(threads))
+    texts = [source_text(str(file), file.name) for file in files]
+    digest = version_of(*texts, body, ",".join(inputs), ",".join(outputs), str(shared_memory), str(threads))
     kernel = mx.fast.cuda_kernel(
         name=f"mtp_{name}_{digest}",
         input_names=list(inputs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,10 +29,52 @@ class Segments:
         """Segments of so many rows each."""
         return cls(counts, mx.array([0, *accumulate(counts)], mx.int32))
 
+    def launches(self) -> Iterator[Group]:
+        """The sequences in groups that one launch takes each."""
+        most = LAUNCH_SIZES[-1]
+        if len(self.counts) <= most:
+            yield Group(slice(0, len(self.counts)), slice(0, sum(self.counts)), self)
+            return
+        slices = self.slices
+        for first in range(0, len(slices), most):
+            own = slice(first, min(first + most, len(slices)))
+            yield Group(own, slice(slices[first].start, slices[own.stop - 1].stop), Segments.of(self.counts[own]))
+
     @property
     def slices(self) -> list[slice]:
         """Where each sequence's rows lie."""
         return [slice(end - count, end) for count, end in zip(self.counts, accumulate(self.counts), strict=True)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of one launch.
+
+    Attributes:
+        own: which of the pass's sequences they are.
+        rows: which of its rows are theirs.
+        segments: of those rows.
+    """
+
+    own: slice
+    rows: slice
+    segments: Segments
+
+
+def numbered(name: str, size: int) -> tuple[str, ...]:
+    """name0, name1, ...: a launch's parameters of one kind."""
+    return tuple(f"{name}{i}" for i in range(size))
+
+
+def padded(arrays: Sequence[mx.array], size: int) -> list[mx.array]:
+    """As many arrays as a launch has parameters; the first stands for those that are not there."""
+    return [*arrays, *[arrays[0]] * (size - len(arrays))]
+
+
+def of_sequence(name: str, size: int, number: str = "sequence") -> str:
+    """C++ for the one of parameters name0, name1, ... that belongs to a sequence; `{}` in a name takes its digit."""
+    names = [name.format(i) if "{}" in name else f"{name}{i}" for i in range(size)]
+    return "".join(f"{number} == {i} ? {names[i]} : " for i in range(size - 1, 0, -1)) + names[0]
 
 
 def launch_size(count: int) -> int:

@@ -1,4 +1,5 @@
-"""Qwen3.5 / 3.6 / 3.8 dense: a hybrid trunk (Gated DeltaNet and gated full attention) with one recurrent MTP head.
+"""Qwen3.5 / 3.6 / 3.8, dense or of experts: a hybrid trunk (Gated DeltaNet and gated full attention) with one recurrent
+MTP head.
 
 The modules and their weights are mlx-lm's; the passes are ours, because they need hidden states out, rows of several
 sequences in one array, and caches that can take rows back.
@@ -19,12 +20,13 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 from mlx_lm.models.qwen3_5 import DecoderLayer, GatedDeltaNet, TextModel, TextModelArgs
-from mlx_lm.models.qwen3_next import Qwen3NextAttention
+from mlx_lm.models.qwen3_next import Qwen3NextAttention, Qwen3NextSparseMoeBlock
 
 from mlx_mtp_backend.api import Norm
 from mlx_mtp_backend.cache import DeltaCache, KVCache, LayerCache
 from mlx_mtp_backend.cache.delta import Tape
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
+from mlx_mtp_backend.families.moe import moe_rows
 
 
 class MTPHead(Module):
@@ -108,12 +110,15 @@ class Qwen35:
             return {}
         other = Norm.PRE if self.seed_norm is Norm.POST else Norm.POST
         variant = partial(Qwen35, self.text, seed_norm=self.seed_norm, recycle_norm=self.recycle_norm)
-        return {
+        wrong: dict[str, Model] = {
             f"{other.value}-norm seed": Qwen35(self.text, self.mtp, other, self.recycle_norm),
             "hidden before embedding": variant(_edited(self.mtp, _halves_swapped)),
             "norms one higher": variant(_edited(self.mtp, lambda _, w: w + 1 if w.ndim == 1 else w)),
             "norms one lower": variant(_edited(self.mtp, lambda _, w: w - 1 if w.ndim == 1 else w)),
         }
+        if self.text.args.num_experts:
+            wrong["experts' gate and up swapped"] = variant(_experts_swapped(self.mtp))
+        return wrong
 
     def logits(self, normed: mx.array) -> mx.array:
         tied = self.text.args.tie_word_embeddings
@@ -126,6 +131,15 @@ def _edited(head: MTPHead, change: Callable[[str, mx.array], mx.array]) -> MTPHe
     edited = copy.deepcopy(head)
     weights: Any = head.parameters()  # type: ignore[no-untyped-call]
     edited.update(tree_map_with_path(change, weights))
+    return edited
+
+
+def _experts_swapped(head: MTPHead) -> MTPHead:
+    """A copy whose experts' gate and up projections have changed places; it shares all weights."""
+    edited = _edited(head, lambda _, w: w)
+    for layer in edited.layers:
+        experts = layer.mlp.switch_mlp
+        experts.gate_proj, experts.up_proj = experts.up_proj, experts.gate_proj
     return edited
 
 
@@ -149,7 +163,10 @@ def decoder_rows(layer: DecoderLayer, x: mx.array, segments: Sequence[Segment], 
     else:
         mixed = attention_rows(layer.self_attn, normed, caches, split_rows(segments))
     x = x + mixed
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    normed = layer.post_attention_layernorm(x)
+    if isinstance(layer.mlp, Qwen3NextSparseMoeBlock):
+        return x + moe_rows(layer.mlp, normed, segments)
+    return x + layer.mlp(normed)
 
 
 def attention_rows(

@@ -1,7 +1,8 @@
 """Qwen3.5 through the GPU kernels: a decode or verify pass of few rows in about five launches a layer.
 
 Takes over the weights of a stock model and replaces it whole. Passes of more rows than the kernels take (prefill) go
-through stock products and attention on the same caches. Few-row passes are compiled once for each number of rows.
+through stock products and attention on the same caches. Few-row passes are compiled once for each number of sequences
+and rows.
 """
 
 from __future__ import annotations
@@ -16,27 +17,35 @@ from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.launch import platform, version_of
 from mtp_kernels.registry import Case, Registry, Run, Selection
 from mtp_kernels.sampler.probe import case as sampler_case
+from mtp_kernels.segments import Segments
 
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
 from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
-from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache, OnDevice
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
-    Arrays,
     FusedAttention,
     FusedDelta,
-    Unsupported,
+    Where,
     fused_layer,
-    product,
 )
+from mlx_mtp_backend.families.qwen3_5_fused_pass import (
+    MAX_PASS_ROWS,
+    MAX_SEGMENT_ROWS,
+    Given,
+    Layout,
+    delta_cache,
+    give,
+    stock_attention,
+    take,
+)
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
 from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.
 _SPAN = 16
-_MOST_COMPILED = 256  # functions, each of one span for segments of certain rows
-MAX_SEGMENT_ROWS = 8
-MAX_PASS_ROWS = matmul_kernel.MAX_ROWS
+_MOST_COMPILED = 256  # functions, each of one span for so many sequences of certain rows and sizes
 
 
 class FusedQwen35(Qwen35):
@@ -56,6 +65,8 @@ class FusedQwen35(Qwen35):
         model = stock.text.model
         self._dtype = model.norm.weight.dtype
         self.layers = layers
+        self._deltas = [layer for layer in layers if isinstance(layer, FusedDelta)]
+        self._attentions = [layer for layer in layers if isinstance(layer, FusedAttention)]
         output = model.embed_tokens if stock.text.args.tie_word_embeddings else stock.text.lm_head
         self._output = product(selection, [output], self._dtype)
         self._head_layers: list[FusedAttention] = []
@@ -69,7 +80,7 @@ class FusedQwen35(Qwen35):
         self.kernels = selection.versions()
         # References read positions back to the host, which a compiled function cannot.
         self._compilable = not selection.failed
-        self._compiled: dict[tuple[str | int, tuple[int, ...]], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @property
     def falls_back(self) -> bool:
@@ -77,27 +88,27 @@ class FusedQwen35(Qwen35):
         return not self._compilable
 
     def trunk_caches(self) -> list[LayerCache]:
-        return [
-            FusedDeltaCache(layer.weights, layer.run, self._dtype)
-            if isinstance(layer, FusedDelta)
-            else FusedKVCache(layer.shape.kv_heads, self._dtype)
-            for layer in self.layers
-        ]
+        return [FusedDeltaCache(self._deltas, self._dtype), self._kv_cache(self._attentions)]
 
     def head_caches(self) -> list[LayerCache]:
-        return [FusedKVCache(layer.shape.kv_heads, self._dtype) for layer in self._head_layers]
+        return [self._kv_cache(self._head_layers)] if self._head_layers else []
+
+    def _kv_cache(self, layers: list[FusedAttention]) -> FusedKVCache:
+        return FusedKVCache(len(layers), layers[0].shape.kv_heads if layers else 0, self._dtype)
 
     def trunk(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
         if not _few(segments):
             return self._many_rows(tokens, segments)
-        rows = tuple(segment.rows for segment in segments)
-        states = [pass_states(segment) for segment in segments]
-        x = tokens
+        layout = Layout.of(segments)
+        given = give(segments, self.layers, layout)
+        x, after = layout.spread(tokens), []
         for first in range(0, len(self.layers), _SPAN):
-            run = self._compiled_pass(first, partial(self._span, first), rows)
-            x, after = run([own[first : first + _SPAN] for own in states], x)
-            _take(segments, first, after)
+            run = self._pass(first, partial(self._span, first), layout, given)
+            x, left = run(given.states[first : first + _SPAN], given.where, x)
+            after += left
             mx.async_eval(x)  # type: ignore[no-untyped-call]
+        take(segments, self.layers, after)
+        x = layout.gathered(x)
         normed = self.text.model.norm(x)
         return Hidden(normed, normed if self.seed_norm is Norm.POST else x)
 
@@ -106,59 +117,80 @@ class FusedQwen35(Qwen35):
 
         Layers are sent to the device one ahead of what it works on: each needs several hundred megabytes meanwhile.
         """
-        _settle(segments)
+        parts = split_rows(segments)
         x = self.text.model.embed_tokens(tokens)[None]
-        before = x
-        for index, (layer, stock) in enumerate(zip(self.layers, self.text.model.layers, strict=True)):
-            if isinstance(layer, FusedDelta):
-                x = x + layer.many_rows(stock, stock.input_layernorm(x), [s.caches[index] for s in segments], segments)
-                x = x + stock.mlp(stock.post_attention_layernorm(x))
-            else:
-                x = decoder_rows(stock, x, segments, index)
-            mx.async_eval(x)  # type: ignore[no-untyped-call]
-            evaluate(before)
-            before = x
+        deltas = [delta_cache(segment) for segment in segments]
+        with stock_attention(segments) as plain:
+            before, delta, attention = x, 0, 0
+            for layer, stock in zip(self.layers, self.text.model.layers, strict=True):
+                if isinstance(layer, FusedDelta):
+                    runs = [partial(cache.run_many, delta) for cache in deltas]
+                    x = x + layer.many_rows(stock, stock.input_layernorm(x), runs, parts)
+                    x = x + stock.mlp(stock.post_attention_layernorm(x))
+                    delta += 1
+                else:
+                    x = decoder_rows(stock, x, plain, attention)
+                    attention += 1
+                mx.async_eval(x)  # type: ignore[no-untyped-call]
+                evaluate(before)
+                before = x
         normed = self.text.model.norm(x)[0]
         return Hidden(normed, normed if self.seed_norm is Norm.POST else x[0])
 
     def head(self, tokens: mx.array, carried: mx.array, segments: Sequence[Segment]) -> Hidden:
         if not _few(segments):
-            _settle(segments)
-            return super().head(tokens, carried, segments)
-        rows = tuple(segment.rows for segment in segments)
-        states = [pass_states(segment) for segment in segments]
-        # Every mixture of accepted drafts is a pass of its own; compiling each would take longer than the pass.
-        run = self._compiled_pass("head", self._head_rows, rows) if len(rows) == 1 else partial(self._head_rows, rows)
-        before, normed, after = run(states, tokens, carried)
-        _take(segments, 0, after)
-        return Hidden(normed, normed if self.recycle_norm is Norm.POST else before)
+            with stock_attention(segments) as plain:
+                return super().head(tokens, carried, plain)
+        layout = Layout.of(segments)
+        given = give(segments, self._head_layers, layout)
+        run = self._pass("head", self._head_rows, layout, given)
+        before, normed, after = run(given.states, given.where, layout.spread(tokens), layout.spread(carried))
+        take(segments, self._head_layers, after)
+        normed = layout.gathered(normed)
+        return Hidden(normed, normed if self.recycle_norm is Norm.POST else layout.gathered(before))
 
     def logits(self, normed: mx.array) -> mx.array:
         if normed.shape[0] > MAX_PASS_ROWS:
             return super().logits(normed)
         return self._output(normed)
 
-    def _span(self, first: int, rows: tuple[int, ...], states: list[list[Arrays]], x: mx.array) -> Any:
+    def _span(self, first: int, segments: Segments, states: list[Any], where: list[list[mx.array]], x: mx.array) -> Any:
         """Some layers over rows, or over tokens for the first of them."""
         if first == 0:
             x = self.text.model.embed_tokens(x)
-        return _through(self.layers[first : first + _SPAN], x, states, rows)
+        return _through(self.layers[first : first + _SPAN], x, states, segments, where)
 
-    def _head_rows(self, rows: tuple[int, ...], states: list[list[Arrays]], tokens: mx.array, carried: mx.array) -> Any:
+    def _head_rows(
+        self,
+        segments: Segments,
+        states: list[Any],
+        where: list[list[mx.array]],
+        tokens: mx.array,
+        carried: mx.array,
+    ) -> Any:
         assert self.mtp is not None
         embedded = self.mtp.pre_fc_norm_embedding(self.text.model.embed_tokens(tokens))
         x = self._fc(mx.concatenate([embedded, self.mtp.pre_fc_norm_hidden(carried)], axis=-1))
-        x, after = _through(self._head_layers, x, states, rows)
+        x, after = _through(self._head_layers, x, states, segments, where)
         return x, self.mtp.norm(x), after
 
-    def _compiled_pass(self, name: str | int, build: Callable[..., Any], rows: tuple[int, ...]) -> Callable[..., Any]:
-        """The function of states and inputs for segments of these many rows."""
-        if len(self._compiled) >= _MOST_COMPILED:
-            self._compiled.clear()  # mixtures of fixed depths are without number
-        if (name, rows) not in self._compiled:
-            whole = partial(build, rows)
-            self._compiled[name, rows] = mx.compile(whole) if self._compilable else whole
-        return self._compiled[name, rows]
+    def _pass(self, name: str | int, build: Callable[..., Any], layout: Layout, given: Given) -> Callable[..., Any]:
+        """The function of states and inputs for such a pass, compiled if it is likely to come again.
+
+        Those of longest ago are forgotten: with many sequences the sizes of their buffers are in ever new mixtures.
+        """
+        if not (self._compilable and layout.alike):
+            return partial(build, Segments.of(layout.launched))
+        key = (name, layout.launched, given.capacities)
+        made = self._compiled.pop(key, None)
+        if made is None:
+            if len(self._compiled) >= _MOST_COMPILED:
+                del self._compiled[next(iter(self._compiled))]
+            segments = Segments.of(layout.launched)
+            mx.eval(segments.starts)
+            made = mx.compile(partial(build, segments))
+        self._compiled[key] = made
+        return made
 
 
 def fused_layers(stock: Qwen35, selection: Selection) -> Generator[float, None, list[FusedDelta | FusedAttention]]:
@@ -241,47 +273,24 @@ def fused_or_stock(stock: Qwen35, registry: Registry) -> Generator[LoadProgress,
 
 
 def _through(
-    layers: Sequence[FusedDelta | FusedAttention], x: mx.array, states: list[list[Arrays]], rows: tuple[int, ...]
-) -> tuple[mx.array, list[list[Arrays]]]:
-    """Rows through layers; states are [segment][layer], what comes back is [layer][segment]."""
-    parts = split_rows([Segment((), count) for count in rows])
+    layers: Sequence[FusedDelta | FusedAttention],
+    x: mx.array,
+    states: list[Any],
+    segments: Segments,
+    where: list[list[mx.array]],
+) -> tuple[mx.array, list[Any]]:
+    """Rows through layers; see qwen3_5_fused_pass.Given."""
+    keep, positions = where
+    shared = Where(segments, positions, keep[0] if keep else None)
     after = []
     # A head's pass, of one layer, took 1.1 ms more on an H100 when it had a counter.
     works = matmul_kernel.counters(len(layers)) if len(layers) > 1 else [None]
-    for index, (layer, work) in enumerate(zip(layers, works, strict=True)):
-        x, changed = layer(x, [segment[index] for segment in states], parts, work)
-        after.append(changed)
+    for layer, state, work in zip(layers, states, works, strict=True):
+        x, left = layer(x, state, shared, work)
+        after.append(left)
     return x, after
-
-
-def _take(segments: Sequence[Segment], first: int, after: list[list[Arrays]]) -> None:
-    """Gives caches, from layer `first` on, what a pass left: [layer][segment]."""
-    for index, segment in enumerate(segments):
-        for cache, layer in zip(segment.caches[first : first + len(after)], after, strict=True):
-            assert isinstance(cache, FusedDeltaCache | FusedKVCache)
-            cache.take(layer[index], segment.rows)
-
-
-def pass_states(segment: Segment) -> list[Arrays]:
-    """What each layer's cache gives the pass; layers share the small arrays that say where they are."""
-    on_device = OnDevice()
-    states = []
-    for cache in segment.caches:
-        assert isinstance(cache, FusedDeltaCache | FusedKVCache)
-        states.append(cache.give(segment.rows, on_device))
-    if on_device.apart:
-        mx.async_eval(on_device.apart)  # type: ignore[no-untyped-call]
-    return states
 
 
 def _few(segments: Sequence[Segment]) -> bool:
     """Whether the kernels take this pass."""
     return sum(s.rows for s in segments) <= MAX_PASS_ROWS and all(s.rows <= MAX_SEGMENT_ROWS for s in segments)
-
-
-def _settle(segments: Sequence[Segment]) -> None:
-    """Moves tails into the long buffers, which stock attention reads."""
-    for segment in segments:
-        for cache in segment.caches:
-            if isinstance(cache, FusedKVCache):
-                cache.settle()

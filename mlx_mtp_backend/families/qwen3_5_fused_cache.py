@@ -1,14 +1,16 @@
 """Caches that the few-row kernels read and write; see cache.base.LayerCache.
 
-`commit` also takes a count that is still on the device ([1] int32), so that the next pass can be built before the host
-knows how many rows were accepted.
+Each holds its kind of state for all layers of a sequence, so that what the host does for a sequence does not grow with
+the number of layers. `commit` also takes a count that is still on the device ([1] int32), so that the next pass can be
+built before the host knows how many rows were accepted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 from mtp_kernels import attention_inputs as inputs_kernel
@@ -18,152 +20,199 @@ from mtp_kernels.launch import host_ints
 from mlx_mtp_backend.cache import KVCache
 from mlx_mtp_backend.cache.kv import grown
 
-Run = Callable[..., tuple[mx.array, mx.array, mx.array]]
+# What a layer of a pass is given and leaves: [recurrent, window, tape] of all sequences, as gated_delta.DeltaState.
+DeltaArrays = list[mx.array]
 
 _DRAFT_ROWS = 16  # kept free in a tail for the later passes of one transaction
 _LAG = 2  # transactions whose counts a loop that builds one pass ahead may not have waited for
 
 
-class OnDevice:
-    """The small arrays that tell a pass where it is, made once for all layers of a sequence.
+class Recurrence(Protocol):
+    """A Gated DeltaNet layer."""
 
-    `apart` holds what must be evaluated before the pass: within it, work that only some passes do would shift where MLX
-    cuts the pass into CUDA graphs, and all of them would have to be instantiated anew.
-    """
+    weights: delta_kernel.DeltaWeights
 
-    def __init__(self) -> None:
-        self.apart: list[mx.array] = []
-        # Values hold their sources, so that no id is used twice.
-        self._made: dict[tuple[int, ...], tuple[mx.array, ...]] = {}
-
-    def ints(self, *numbers: int) -> mx.array:
-        """[n] int32."""
-        return self._once((0, *numbers), lambda: mx.array(numbers, dtype=mx.int32))
-
-    def count(self, number: int | mx.array) -> mx.array:
-        """[1] int32."""
-        return number if isinstance(number, mx.array) else self.ints(number)
-
-    def advanced(self, position: mx.array, rows: int | mx.array) -> mx.array:
-        """Same base, `rows` later: positions are [2] int32, where the tail and where the rows begin."""
-        rows_key = rows if isinstance(rows, int) else id(rows)
-        sources = (position,) if isinstance(rows, int) else (position, rows)
-        return self._once((1, id(position), rows_key), lambda: position + self.ints(0, 1) * rows, sources)
-
-    def rebased(self, position: mx.array) -> mx.array:
-        """Where the rows begin, a new tail begins too."""
-        return self._once((2, id(position)), lambda: mx.concatenate([position[1:], position[1:]]), (position,))
-
-    def _once(self, key: tuple[int, ...], make: Callable[[], mx.array], sources: tuple[mx.array, ...] = ()) -> mx.array:
-        if key not in self._made:
-            self._made[key] = (make(), *sources)
-        return self._made[key][0]
+    def settle(self, rows: mx.array, before: DeltaArrays, keep: mx.array) -> tuple[mx.array, DeltaArrays]:
+        """Runs any number of projection rows of one sequence into its state: output rows, and that state."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
-    """A Gated DeltaNet state, and the last pass's projection rows, of which the first `kept` count.
+class Held:
+    """Where a sequence's states are.
 
     Kept rows reach the recurrent state during the next pass, so committing is free however many are kept.
+
+    Attributes:
+        layers: of all sequences that shared the last pass.
+        place: this one's among them.
+        count: how many they are.
+        kept: rows on its tapes that count.
     """
 
-    state: delta_kernel.DeltaState
+    layers: list[DeltaArrays]
+    place: int
+    count: int
     kept: int | mx.array
 
-    def keep(self) -> mx.array:
-        """The count on the device."""
-        return self.kept if isinstance(self.kept, mx.array) else mx.array([self.kept], dtype=mx.int32)
+    def alone(self, layer: int) -> DeltaArrays:
+        """One layer's state of this sequence only."""
+        arrays = self.layers[layer]
+        return arrays if self.count == 1 else [array[self.place : self.place + 1] for array in arrays]
 
 
 class FusedDeltaCache:
-    """State of a Gated DeltaNet layer, rolled back by letting the next pass replay the kept rows only."""
+    """States of a sequence's Gated DeltaNet layers, rolled back by letting the next pass replay the kept rows only."""
 
-    def __init__(self, weights: delta_kernel.DeltaWeights, run: Run, dtype: mx.Dtype) -> None:
-        dim = delta_kernel.HEAD_DIM
-        self._weights, self._run = weights, run
-        self._no_rows = mx.zeros((1, weights.width), dtype)
-        recurrent = mx.zeros((weights.value_heads, dim, dim), mx.float32)
-        window = mx.zeros((3, weights.channels), dtype)
-        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
-        self._mark = self._pending
-        self._many: mx.array | None = None
+    def __init__(self, layers: Sequence[Recurrence], dtype: mx.Dtype) -> None:
+        self._layers = layers
+        empty: dict[tuple[int, int], DeltaArrays] = {}
+        for weights in (layer.weights for layer in layers):
+            if (weights.value_heads, weights.channels) not in empty:
+                state = delta_kernel.DeltaState.empty(weights, dtype)
+                empty[weights.value_heads, weights.channels] = [state.recurrent, state.window, state.tape]
+        states = [empty[layer.weights.value_heads, layer.weights.channels] for layer in layers]
+        self._no_rows = [tape for _, _, tape in states]
+        self._held = self._mark = Held(states, 0, 1, 0)
+        self._many: list[mx.array] = []  # a prefill pass, by layer: its projection rows, and the states after them
+        self._settled: list[DeltaArrays] = []
 
     def begin(self) -> None:
-        self._mark = self._pending
-        self._many = None
+        self._mark = self._held
+        self._many, self._settled = [], []
 
-    def give(self, rows: int, on_device: OnDevice) -> list[mx.array]:
-        """Recurrent state, window, pending rows, and how many of those count."""
-        self._refuse_second_pass()
-        state = self._pending.state
-        return [state.recurrent, state.window, state.pending, on_device.count(self._pending.kept)]
+    def give(self) -> Held:
+        """What a pass reads. Raises RuntimeError for a second one in a transaction."""
+        if self._held is not self._mark or self._many:
+            raise RuntimeError("a second pass in one transaction")
+        return self._held
 
-    def take(self, after: list[mx.array], rows: int) -> None:
-        """Continue from a pass: its settled state and window, and its rows, all counted until `commit` says."""
-        self._pending = Pending(delta_kernel.DeltaState(*after), rows)
+    def take(self, layers: list[DeltaArrays], place: int, count: int, rows: int) -> None:
+        """Continue from a pass of so many sequences; its rows all count until `commit` says."""
+        self._held = Held(layers, place, count, rows)
 
-    def run_many(self, rows: mx.array) -> mx.array:
-        """A prefill pass: output rows for projection rows [N, width], which all reach the state at once."""
-        self._refuse_second_pass()
-        self._many = rows
-        return self._absorb(rows)
+    def run_many(self, layer: int, rows: mx.array) -> mx.array:
+        """A prefill pass, layer by layer: output rows for projection rows [N, width], which all reach the state."""
+        if layer == 0:
+            self.give()
+        self._many.append(rows)
+        y, state = self._absorb(layer, rows)
+        self._settled.append(state)
+        if len(self._settled) == len(self._layers):
+            self._held = Held(self._settled, 0, 1, 0)
+        return y
 
     def commit(self, keep: int | mx.array) -> None:
         if isinstance(keep, int) and keep == 0:
             self.abort()
             return
-        if self._many is None:
-            self._pending = replace(self._pending, kept=keep)
-        elif (count := _host(keep)) < self._many.shape[0]:
-            self._absorb(self._many[:count])
-        self._mark, self._many = self._pending, None
+        if not self._many:
+            held = self._held
+            self._held = Held(held.layers, held.place, held.count, keep)
+        elif (count := _host(keep)) < self._many[0].shape[0]:
+            settled = [self._absorb(layer, rows[:count])[1] for layer, rows in enumerate(self._many)]
+            self._held = Held(settled, 0, 1, 0)
+        self.begin()
 
     def abort(self) -> None:
-        self._pending, self._many = self._mark, None
+        self._held = self._mark
+        self.begin()
 
     def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
         return ()
 
     def snapshot(self) -> tuple[mx.array, ...]:
         """Only between prefill passes, after which no row is pending."""
-        if not isinstance(self._pending.kept, int) or self._pending.kept:
+        if not isinstance(self._held.kept, int) or self._held.kept:
             raise RuntimeError("a snapshot with rows pending")
-        state = self._pending.state
-        return (state.recurrent, state.window)
+        states = [self._held.alone(layer)[:2] for layer in range(len(self._layers))]
+        return tuple(array for state in states for array in state)
 
     def restore(self, rows: Sequence[tuple[mx.array, ...]], snapshot: tuple[mx.array, ...]) -> None:
         if snapshot:
-            recurrent, window = snapshot
-            self._pending = self._mark = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
-
-    def _absorb(self, rows: mx.array) -> mx.array:
-        """Runs rows from the state at `begin` into the present state."""
-        y, recurrent, window = self._run(rows, self._mark.state, self._mark.keep(), self._weights, settle=True)
-        self._pending = Pending(delta_kernel.DeltaState(recurrent, window, self._no_rows), 0)
-        return y
-
-    def _refuse_second_pass(self) -> None:
-        if self._pending is not self._mark:
-            raise RuntimeError("a second pass in one transaction")
+            pairs = zip(snapshot[::2], snapshot[1::2], self._no_rows, strict=True)
+            self._held = self._mark = Held([list(arrays) for arrays in pairs], 0, 1, 0)
 
     @property
     def arrays(self) -> list[mx.array]:
-        state = self._pending.state
-        return [state.recurrent, state.window, state.pending]
+        return [array for arrays in self._held.layers for array in arrays]
+
+    def _absorb(self, layer: int, rows: mx.array) -> tuple[mx.array, DeltaArrays]:
+        """Runs rows from the state at `begin`."""
+        y, (recurrent, window, _) = self._layers[layer].settle(rows, self._mark.alone(layer), counts([self._mark.kept]))
+        return y, [recurrent, window, self._no_rows[layer]]
 
 
-class FusedKVCache(KVCache):
-    """Keys and values in a long buffer below a base, and in a short tail from there on.
+def joined(held: Sequence[Held]) -> list[DeltaArrays]:
+    """States of these sequences in this order: as they are if one pass left them so, else copied together."""
+    layers = held[0].layers
+    if held[0].count == len(held) and all(one.layers is layers and one.place == i for i, one in enumerate(held)):
+        return layers
+    parts = ([one.alone(layer) for one in held] for layer in range(len(layers)))
+    return [[mx.concatenate(list(arrays)) for arrays in zip(*part, strict=True)] for part in parts]
+
+
+def counts(kept: Sequence[int | mx.array]) -> mx.array:
+    """[S] int32 on the device."""
+    known = [count for count in kept if isinstance(count, int)]
+    if len(known) == len(kept):
+        return mx.array(known, dtype=mx.int32)
+    parts = [count if isinstance(count, mx.array) else mx.array([count], dtype=mx.int32) for count in kept]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+class LongKV(KVCache):
+    """One layer's keys and values below a tail; stock attention appends to it, too."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit without growing."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def reserve(self, rows: int, kv_heads: int, dtype: mx.Dtype) -> None:
+        """Make room for more than so many rows, if there is not as much."""
+        if self._keys is None or self._values is None or self.capacity < rows:
+            empty = mx.zeros((1, kv_heads, 0, inputs_kernel.HEAD_DIM), dtype)
+            used = self.capacity
+            self._keys, self._values = grown(self._keys, empty, used, rows), grown(self._values, empty, used, rows)
+
+    def put(self, tail: mx.array, position: mx.array) -> None:
+        """Write a whole tail at a position that only the device knows ([1] int32)."""
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys = mx.slice_update(self._keys, tail[:1], position, axes=(2,))
+        self._values = mx.slice_update(self._values, tail[1:], position, axes=(2,))
+
+
+@dataclass(frozen=True, slots=True)
+class GivenKV:
+    """What a pass reads of one sequence.
+
+    Attributes:
+        layers: keys, values and tail of each.
+        position: [2] int32, where the tail and where the new rows begin.
+        apart: what must be evaluated before the pass: within it, work that only some passes do would shift where MLX
+            cuts the pass into CUDA graphs, and all of them would have to be instantiated anew.
+    """
+
+    layers: list[list[mx.array]]
+    position: mx.array
+    apart: list[mx.array]
+
+
+class FusedKVCache:
+    """Keys and values of a sequence's attention layers: in long buffers below a base, in short tails from there on.
 
     After a commit of a count on the device the next position is `_start` plus the rows `_since` it, and `offset` is an
-    upper bound. The tail then moves at a position that only the device knows, with rows that do not count behind it:
+    upper bound. Tails then move at a position that only the device knows, with rows that do not count behind it:
     later ones are written over them.
     """
 
-    def __init__(self, kv_heads: int, dtype: mx.Dtype) -> None:
-        super().__init__()
+    def __init__(self, layers: int, kv_heads: int, dtype: mx.Dtype) -> None:
+        self.long = [LongKV() for _ in range(layers)]
+        self.offset = 0
+        self._mark = 0
         self._kv_heads, self._dtype = kv_heads, dtype
-        self._tail: mx.array | None = None
+        self._tails: list[mx.array] = []
         self._base = 0
         self._start: mx.array | None = None
         self._since: int | mx.array = 0
@@ -171,97 +220,120 @@ class FusedKVCache(KVCache):
         self._first: mx.array | None = None
         self._trail: deque[tuple[mx.array, int]] = deque(maxlen=_LAG)  # where transactions began, most rows each kept
 
+    @property
+    def capacity(self) -> int:
+        """Rows that the long buffers hold, on which the shapes of a pass depend."""
+        return max((long.capacity for long in self.long), default=0)
+
     def begin(self) -> None:
-        super().begin()
+        self._mark = self.offset
         self._start_mark = (self._start, self._since)
         self._first = None
 
-    def give(self, rows: int, on_device: OnDevice) -> list[mx.array]:
-        """Keys, values, tail, and the positions at which the tail and the new rows begin."""
+    def give(self, rows: int) -> GivenKV:
+        """What a pass of so many rows reads."""
         if self._first is None and self.offset - self._base + rows + _DRAFT_ROWS > inputs_kernel.TAIL:
-            self._move(on_device)
+            self._move()
             self._mark, self._start_mark = self.offset, (self._start, self._since)
-        if self._tail is None:
+        apart: list[mx.array] = []
+        if not self._tails:
             self._base = self.offset
             shape = (2, self._kv_heads, inputs_kernel.TAIL, inputs_kernel.HEAD_DIM)
-            self._tail = mx.zeros(shape, self._dtype)
-            on_device.apart += self.arrays
+            self._tails = [mx.zeros(shape, self._dtype)] * len(self.long)
+            for long in self.long:
+                long.reserve(0, self._kv_heads, self._dtype)
+            apart = self.arrays
         if self.offset - self._base + rows > inputs_kernel.TAIL:
             raise RuntimeError(f"a transaction of more than {_DRAFT_ROWS} rows after its first pass")
-        if self._keys is None or self._values is None:
-            self._keys, self._values = self._room(0)
         if self._start is None:
-            position = on_device.ints(self._base, self.offset)
+            position = mx.array([self._base, self.offset], dtype=mx.int32)
         else:
-            position = self._start = on_device.advanced(self._start, self._since)
+            position = self._start = _advanced(self._start, self._since)
             self._since = 0
         if self._first is None:
             self._first = position
-        return [self._keys, self._values, self._tail, position]
+        return GivenKV([[*n.arrays, tail] for n, tail in zip(self.long, self._tails, strict=True)], position, apart)
 
-    def take(self, after: list[mx.array], rows: int) -> None:
-        """Continue from a pass: the tail with its rows."""
-        (self._tail,) = after
+    def take(self, tails: list[mx.array], rows: int) -> None:
+        """Continue from a pass: the tails with its rows."""
+        self._tails = tails
         self.offset += rows
         self._since = rows
+
+    def run_many(self, rows: int) -> None:
+        """Count rows that stock attention appended to every long buffer, which `settle` made ready."""
+        self.offset += rows
 
     def commit(self, keep: int | mx.array) -> None:
         if isinstance(keep, int) and keep == 0:
             self.abort()
             return
         if isinstance(keep, int):
-            super().commit(keep)
+            self.offset = self._mark + keep
         if isinstance(keep, mx.array) or self._start is not None:
             assert self._first is not None
             self._trail.append((self._first, self.offset - self._mark))
             self._start, self._since = self._first, keep
+        self._drop_late_tails()
 
     def abort(self) -> None:
-        super().abort()
+        self.offset = self._mark
         self._start, self._since = self._start_mark
+        self._drop_late_tails()
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for long in self.long for array in long.arrays] + self._tails
 
     def rows(self, start: int, end: int) -> tuple[mx.array, ...]:
         self.settle()
-        return super().rows(start, end)
+        return tuple(array for long in self.long for array in long.rows(start, end))
+
+    def snapshot(self) -> tuple[mx.array, ...]:
+        return ()
+
+    def restore(self, rows: Sequence[tuple[mx.array, ...]], snapshot: tuple[mx.array, ...]) -> None:
+        for layer, long in enumerate(self.long):
+            long.restore([stretch[2 * layer : 2 * layer + 2] for stretch in rows], ())
+            self.offset = self._mark = long.offset
 
     def settle(self) -> None:
-        """Move the tail's rows into the long buffer; waits for a count that is still on the device."""
+        """Move the tails' rows into the long buffers; waits for a count that is still on the device."""
         if self._start is not None:
             base, first = host_ints(self._start)
             self._base, self.offset = base, first + _host(self._since)
             self._start, self._since = None, 0
             self._trail.clear()
-        tail, self._tail = self._tail, None
+        tails, self._tails = self._tails, []
         count = self.offset - self._base
-        if tail is not None and count:
-            self.offset = self._base
-            self.append(tail[:1, :, :count], tail[1:, :, :count])
+        for layer, long in enumerate(self.long):
+            long.offset = self.offset
+            if tails and count:
+                long.offset = self._base
+                long.append(tails[layer][:1, :, :count], tails[layer][1:, :, :count])
 
-    def _move(self, on_device: OnDevice) -> None:
-        """Move the tail without waiting for the newest counts."""
-        if self._start is None or self._tail is None or len(self._trail) < _LAG:
+    def _move(self) -> None:
+        """Move the tails without waiting for the newest counts."""
+        if self._start is None or not self._tails or len(self._trail) < _LAG:
             self.settle()
             return
         self.offset = host_ints(self._trail[0][0])[1] + sum(rows for _, rows in self._trail)
-        position = on_device.advanced(self._start, self._since)
-        keys, values = self._room(self.offset + inputs_kernel.TAIL)
-        self._keys = mx.slice_update(keys, self._tail[:1], position[:1], axes=(2,))
-        self._values = mx.slice_update(values, self._tail[1:], position[:1], axes=(2,))
-        self._start, self._since = on_device.rebased(position), 0
-        self._tail = None
+        position = _advanced(self._start, self._since)
+        tails, self._tails = self._tails, []
+        for long, tail in zip(self.long, tails, strict=True):
+            long.reserve(self.offset + inputs_kernel.TAIL, self._kv_heads, self._dtype)
+            long.put(tail, position[:1])
+        self._start, self._since = mx.concatenate([position[1:], position[1:]]), 0
 
-    def _room(self, rows: int) -> tuple[mx.array, mx.array]:
-        """The long buffers, with room for so many rows."""
-        keys, values = self._keys, self._values
-        if keys is None or values is None or keys.shape[2] < rows:
-            empty = mx.zeros((1, self._kv_heads, 0, inputs_kernel.HEAD_DIM), self._dtype)
-            used = 0 if keys is None else keys.shape[2]
-            keys, values = grown(keys, empty, used, rows), grown(values, empty, used, rows)
-        return keys, values
+    def _drop_late_tails(self) -> None:
+        """A tail that begins behind what is kept holds nothing of it."""
+        if self._start is None and self.offset < self._base:
+            self._tails = []
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        return super().arrays + ([] if self._tail is None else [self._tail])
+
+def _advanced(position: mx.array, rows: int | mx.array) -> mx.array:
+    """Same base, `rows` later."""
+    return position + mx.array([0, 1], dtype=mx.int32) * rows
 
 
 def _host(count: int | mx.array) -> int:

@@ -6,102 +6,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
-from mlx.nn.layers.normalization import RMSNorm
 from mlx.nn.layers.positional_encoding import RoPE
 from mlx_lm.models.qwen3_5 import DecoderLayer, GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextAttention
 from mtp_kernels import attention_inputs as inputs_kernel
 from mtp_kernels import few_row_attention as attention_kernel
-from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels import gated_delta as delta_kernel
 from mtp_kernels.attention_inputs.probe import case as inputs_case
 from mtp_kernels.few_row_attention.probe import case as attention_case
-from mtp_kernels.few_row_matmul.probe import case as matmul_case
 from mtp_kernels.gated_delta.probe import case as delta_case
 from mtp_kernels.registry import Selection
+from mtp_kernels.segments import Segments
 
-from mlx_mtp_backend.cache import LayerCache
-from mlx_mtp_backend.families.base import Segment, split_rows
-from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache
+from mlx_mtp_backend.families.qwen3_5_fused_cache import DeltaArrays
+from mlx_mtp_backend.families.qwen3_5_fused_mlp import fused_mlp
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
 
-# What a layer's cache gives a pass and takes back from it.
-Arrays = list[mx.array]
-
-
-class Unsupported(Exception):
-    """This model cannot run through the kernels; the text says why."""
-
-
-def matrix_of(linear: Module) -> matmul_kernel.Matrix:
-    """The weights of an mlx-lm linear layer or (quantised) embedding.
-
-    Raises:
-        Unsupported: a quantisation other than affine, or a bias.
-    """
-    if "bias" in linear:
-        raise Unsupported("a projection has a bias")
-    if "scales" not in linear:
-        return matmul_kernel.Matrix(linear.weight)
-    if getattr(linear, "mode", "affine") != "affine":
-        raise Unsupported(f"quantisation mode {linear.mode}")
-    return matmul_kernel.Matrix(linear.weight, linear.scales, linear.biases, linear.bits, linear.group_size)
+Settle = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
-class Product:
-    """One launch's weights, with what is fused around them."""
+class Where:
+    """What layers of a pass share.
 
-    matrices: Sequence[matmul_kernel.Matrix]
-    run: Callable[..., mx.array]
-    norm: mx.array | None = None
-    eps: float = 1e-6
-    swiglu: bool = False
-
-    def __call__(self, x: mx.array, residual: mx.array | None = None, work: mx.array | None = None) -> mx.array:
-        fused = {"norm_weight": self.norm, "eps": self.eps, "residual": residual, "swiglu": self.swiglu}
-        return self.run(x, self.matrices, **fused, work=work)
-
-
-def product(
-    selection: Selection,
-    linears: Sequence[Module],
-    dtype: mx.Dtype,
-    norm: RMSNorm | None = None,
-    *,
-    swiglu: bool = False,
-    residual: bool = False,
-) -> Product:
-    """A checked product over these layers' weights.
-
-    Raises:
-        Unsupported: the kernel does not have this format or shape.
+    Attributes:
+        segments: which rows are whose.
+        positions: of each sequence [2] int32, where its tails and where its new rows begin.
+        keep: [S] int32, how many rows of each sequence's last pass count; None where no layer is recurrent.
     """
-    matrices = [matrix_of(linear) for linear in linears]
-    if reason := matmul_kernel.supported(matrices, dtype, swiglu=swiglu):
-        raise Unsupported(reason)
-    case = matmul_case(matrices, dtype, norm=norm is not None, swiglu=swiglu, residual=residual)
-    run = selection.resolve(case)
-    if norm is None:
-        return Product(matrices, run, swiglu=swiglu)
-    return Product(matrices, run, norm.weight, norm.eps, swiglu)
 
-
-class FusedMLP:
-    """RMSNorm, gate, up and SwiGLU in one launch, down and the residual in another."""
-
-    def __init__(self, layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> None:
-        mlp = layer.mlp
-        if not hasattr(mlp, "gate_proj"):
-            raise Unsupported("a mixture of experts")
-        self.enter = product(
-            selection, [mlp.gate_proj, mlp.up_proj], dtype, layer.post_attention_layernorm, swiglu=True
-        )
-        self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
-
-    def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
-        # On the smaller products a counter costs the host as much as it saves the device.
-        return self.leave(self.enter(x, work=work), residual=x)
+    segments: Segments
+    positions: list[mx.array]
+    keep: mx.array | None
 
 
 class FusedDelta:
@@ -127,33 +63,29 @@ class FusedDelta:
         self.enter = product(selection, projections, dtype, layer.input_layernorm)
         self.run = selection.resolve(delta_case(self.weights, dtype))
         self.leave = product(selection, [net.out_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, selection)
+        self.mlp = fused_mlp(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
-    ) -> tuple[mx.array, list[Arrays]]:
-        projected = self.enter(x)
-        outputs, after = [], []
-        for (recurrent, window, pending, keep), part in zip(states, parts, strict=True):
-            fresh = projected if len(parts) == 1 else projected[part]
-            state = delta_kernel.DeltaState(recurrent, window, pending)
-            y, recurrent, window = self.run(fresh, state, keep, self.weights)
-            outputs.append(y)
-            after.append([recurrent, window, fresh])
-        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
+        self, x: mx.array, state: DeltaArrays, where: Where, work: mx.array | None
+    ) -> tuple[mx.array, DeltaArrays]:
+        assert where.keep is not None
+        before = delta_kernel.DeltaState(*state)
+        y, after = self.run(self.enter(x), before, where.keep, self.weights, where.segments)
+        return self.mlp(self.leave(y, residual=x), work), [after.recurrent, after.window, after.tape]
 
-    def many_rows(
-        self, stock: DecoderLayer, x: mx.array, caches: Sequence[LayerCache], segments: Sequence[Segment]
-    ) -> mx.array:
+    def settle(self, rows: mx.array, before: DeltaArrays, keep: mx.array) -> tuple[mx.array, DeltaArrays]:
+        """Runs any number of projection rows of one sequence into its state: output rows, and that state."""
+        segments = Segments.of((rows.shape[0],))
+        y, after = self.run(rows, delta_kernel.DeltaState(*before), keep, self.weights, segments, settle=True)
+        return y, [after.recurrent, after.window, after.tape]
+
+    def many_rows(self, stock: DecoderLayer, x: mx.array, runs: Sequence[Settle], parts: Sequence[slice]) -> mx.array:
         """The layer without its MLP over normed rows [1, N, hidden], its recurrence in one launch a sequence."""
         net: GatedDeltaNet = stock.linear_attn
-        parts = [net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)]
-        projected = mx.concatenate(parts, axis=-1).squeeze(0)
-        outputs = []
-        for cache, part in zip(caches, split_rows(segments), strict=True):
-            assert isinstance(cache, FusedDeltaCache)
-            outputs.append(cache.run_many(projected[part]))
-        mixed: mx.array = net.out_proj(mx.expand_dims(_joined(outputs), 0))
+        projected = mx.concatenate([net.in_proj_qkv(x), net.in_proj_z(x), net.in_proj_b(x), net.in_proj_a(x)], axis=-1)
+        rows = projected.squeeze(0)
+        outputs = mx.concatenate([run(rows[part]) for run, part in zip(runs, parts, strict=True)])
+        mixed: mx.array = net.out_proj(mx.expand_dims(outputs, 0))
         return mixed
 
 
@@ -182,23 +114,20 @@ class FusedAttention:
         self.prepare = selection.resolve(inputs_case(self.shape, dtype))
         self.attend = selection.resolve(attention_case(self.shape.heads, self.shape.kv_heads, dtype))
         self.leave = product(selection, [net.o_proj], dtype, residual=True)
-        self.mlp = FusedMLP(layer, dtype, selection)
+        self.mlp = fused_mlp(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, states: Sequence[Arrays], parts: Sequence[slice], work: mx.array | None
-    ) -> tuple[mx.array, list[Arrays]]:
+        self, x: mx.array, contexts: Sequence[list[mx.array]], where: Where, work: mx.array | None
+    ) -> tuple[mx.array, list[mx.array]]:
         projected = self.enter(x)
-        outputs, after = [], []
-        for (keys, values, tail, position), part in zip(states, parts, strict=True):
-            own = projected if len(parts) == 1 else projected[part]
-            queries, tail = self.prepare(own, tail, position, self.shape)
-            outputs.append(self.attend(queries, keys, values, tail, position, own))
-            after.append([tail])
-        return self.mlp(self.leave(_joined(outputs), residual=x), work), after
-
-
-def _joined(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+        before = [tail for _, _, tail in contexts]
+        queries, tails = self.prepare(projected, before, where.positions, where.segments, self.shape)
+        seen = [
+            attention_kernel.Context(keys, values, tail, position)
+            for (keys, values, _), tail, position in zip(contexts, tails, where.positions, strict=True)
+        ]
+        attended = self.attend(queries, seen, where.segments, projected)
+        return self.mlp(self.leave(attended, residual=x), work), tails
 
 
 def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> FusedDelta | FusedAttention:

@@ -56,11 +56,13 @@ def _lines(facts: ModelFacts, path: Path) -> list[str]:
         return [one_line(f"{path}: cannot be served: {facts.problem}")]
     size = f"{facts.size_bytes / 1e6:.1f} MB" if facts.size_bytes is not None else "size not known"
     cache = f", {facts.cache_bytes / 1e3:.1f} kB of cache a token" if facts.cache_bytes is not None else ""
+    experts = "" if facts.experts is None else ", {} experts a layer, {} a token".format(*facts.experts)
     marks = {True: "yes", False: "no", None: "unknown"}
     return [
         one_line(
-            f"{path}: {facts.architecture} {facts.format.value}, quantization {facts.quantization or 'not known'}, "
-            f"{size}, context {facts.context_length or 'not known'}{cache}"
+            f"{path}: {facts.architecture} {facts.format.value}{experts}, "
+            f"quantization {facts.quantization or 'not known'}, {size}, "
+            f"context {facts.context_length or 'not known'}{cache}"
         ),
         *(
             f"  {capability.value:<13} {marks[fact.supported]:<8} {one_line(fact.evidence)}"

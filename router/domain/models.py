@@ -65,7 +65,8 @@ class ModelFacts:
     """What is known of a model's files without loading them.
 
     `reasoning_switch` tells whether thinking can be switched on and off; `problem`, why the model cannot be served;
-    `cache_bytes`, what a token of context takes in the key and value caches; `stamp`, when which files were written.
+    `cache_bytes`, what a token of context takes in the key and value caches; `experts`, of a layer and how many of them
+    a token goes to, None where its layers are dense or not known; `stamp`, when which files were written.
     """
 
     format: ModelFormat = ModelFormat.GGUF
@@ -78,6 +79,7 @@ class ModelFacts:
     reasoning_switch: bool = False
     problem: str = ""
     head: HeadFacts | None = None
+    experts: tuple[int, int] | None = None
     stamp: tuple[tuple[str, int, int], ...] = ()
 
     def can(self, capability: Capability) -> bool:

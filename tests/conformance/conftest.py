@@ -9,6 +9,7 @@ import pytest
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
+from tests.support.conversion import convert
 
 ON_GPU = mx.default_device().type == mx.gpu
 if not ON_GPU:
@@ -51,13 +52,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     _table(terminalreporter, "planted bugs", ("bug", "caught by"), bugs)
 
 
+# On a GPU, one that the kernels take.
+SHAPE = {"hidden": 256, "width": 384, "head_dim": 256, "linear_dim": 128} if ON_GPU else {}
+
+
 @pytest.fixture(scope="session")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights; logits depend on every token before. On a GPU in a shape that the kernels take."""
-    shape = {"hidden": 256, "width": 384, "head_dim": 256, "linear_dim": 128} if ON_GPU else {}
-    return write(tmp_path_factory.mktemp("history"), Recipe(kind="history", **shape))
+    """Random weights; logits depend on every token before."""
+    return write(tmp_path_factory.mktemp("history"), Recipe(kind="history", **SHAPE))
 
 
 @pytest.fixture(scope="session")
 def history_model(history: Path) -> Model:
     return decode.load(history)
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, of mixtures of experts."""
+    shape = SHAPE | {"width": 768} if ON_GPU else {}
+    return write(tmp_path_factory.mktemp("experts"), Recipe(kind="history", experts=8, **shape))
+
+
+@pytest.fixture(scope="session")
+def quantised_experts(experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as mlx-lm converts it, the head beside it: 4 bits, 8 for the routers."""
+    return convert(experts, tmp_path_factory.mktemp("quantised"))

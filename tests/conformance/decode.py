@@ -18,6 +18,7 @@ from mlx_mtp_backend.cache import DeltaCache, KVCache, LayerCache
 from mlx_mtp_backend.drafters import Drafter, HeadDrafter, ScriptedDrafter
 from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Model
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedKVCache
 from mlx_mtp_backend.processors import Processors
 from mlx_mtp_backend.sequence import Sequence
 
@@ -104,8 +105,15 @@ def fork(one: Sequence, seed: int) -> Sequence:
     """A copy that shares the caches' arrays and may go another way."""
     twin = copy.copy(one)
     twin.tokens, twin.drafted, twin.accepted = list(one.tokens), [], []
-    twin.trunk, twin.head = [copy.copy(c) for c in one.trunk], [copy.copy(c) for c in one.head]
+    twin.trunk, twin.head = [_twin(c) for c in one.trunk], [_twin(c) for c in one.head]
     twin.seed = seed
+    return twin
+
+
+def _twin(kept: LayerCache) -> LayerCache:
+    twin = copy.copy(kept)
+    if isinstance(twin, FusedKVCache):
+        twin.long = [copy.copy(long) for long in twin.long]
     return twin
 
 
@@ -113,7 +121,11 @@ def contents(caches: list[LayerCache]) -> dict[str, np.ndarray]:
     """What the caches hold, by name: only rows before the offset count."""
     held: dict[str, np.ndarray] = {}
     for layer, kept in enumerate(caches):
-        if isinstance(kept, KVCache):
+        if isinstance(kept, FusedKVCache):
+            for place, array in enumerate(kept.rows(0, kept.offset)):
+                held[f"{layer}.{place}"] = np.array(array.astype(mx.float32))
+            held[f"{layer}.offset"] = np.array(kept.offset)
+        elif isinstance(kept, KVCache):
             for kind, array in zip(("keys", "values"), kept.arrays, strict=False):
                 held[f"{layer}.{kind}"] = np.array(array[:, :, : kept.offset])
             held[f"{layer}.offset"] = np.array(kept.offset)

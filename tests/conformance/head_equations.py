@@ -1,7 +1,8 @@
 """The Qwen3.5 head in plain NumPy, written from its equations, with every documented way of wiring it wrong.
 
 fc([norm(E[x_{p+1}]), norm(h_p)]), then one decoder layer of gated full attention with its own keys and values,
-then a norm and the trunk's output matrix. Float64; weights as stored in the released layout.
+then a norm and the trunk's output matrix. Float64; weights as stored in the released layout. A mixture of experts has
+its experts' tensors in any of their spellings.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ CONFUSIONS = [
     "gate and up projections swapped",
     "no final norm",
     "norm epsilon of another model",
+]
+
+# Likewise, of mixtures of experts.
+MOE_CONFUSIONS = [
+    "gate and up projections swapped",
+    "experts' weights not renormalised",
+    "experts weighted alike",
+    "experts weighted by a sigmoid",
+    "one expert fewer a token",
+    "the worst experts instead of the best",
+    "experts in another order",
+    "no gate of the shared expert",
+    "no shared expert",
+    "no routed experts",
 ]
 
 
@@ -121,8 +136,50 @@ class Head:
         return np.concatenate([rotated, x[..., width:]], axis=-1)
 
     def mlp(self, x: np.ndarray) -> np.ndarray:
-        gate, up, down = (self.weights[f"layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        if "layers.0.mlp.gate.weight" in self.weights:
+            return self.mixture(x)
+        return self.swiglu(x, *(self.weights[f"layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+
+    def swiglu(self, x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
         if "gate and up projections swapped" in self.wrong:
             gate, up = up, gate
         activated = x @ gate.T
         return (activated / (1 + np.exp(-activated)) * (x @ up.T)) @ down.T
+
+    def mixture(self, x: np.ndarray) -> np.ndarray:
+        """The best experts of each row by a softmax over all of them, and a shared expert behind a sigmoid."""
+        weights, count = self.weights, self.config["num_experts"]
+        scores = x @ weights["layers.0.mlp.gate.weight"].T
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        p = p / p.sum(axis=-1, keepdims=True)
+        order = np.argsort(scores if "the worst experts instead of the best" in self.wrong else -scores, axis=-1)
+        best = order[:, : self.config["num_experts_per_tok"] - ("one expert fewer a token" in self.wrong)]
+        out = np.zeros_like(x)
+        for row, chosen in enumerate(best):
+            share = 1 / (1 + np.exp(-scores[row])) if "experts weighted by a sigmoid" in self.wrong else p[row]
+            share = np.ones(count) if "experts weighted alike" in self.wrong else share
+            total = 1 if "experts' weights not renormalised" in self.wrong else share[chosen].sum()
+            for number in chosen:
+                asked = (number + 1) % count if "experts in another order" in self.wrong else number
+                out[row] += share[number] / total * self.swiglu(x[row], *self.expert(asked))
+        if "no routed experts" in self.wrong:
+            out = np.zeros_like(x)
+        if "no shared expert" in self.wrong:
+            return out
+        names = (f"layers.0.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))
+        shared = self.swiglu(x, *(weights[name] for name in names))
+        open_by = 1 / (1 + np.exp(-(x @ weights["layers.0.mlp.shared_expert_gate.weight"].T)))
+        return out + shared * (1 if "no gate of the shared expert" in self.wrong else open_by)
+
+    def expert(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gate, up and down of one expert."""
+        weights, mlp = self.weights, "layers.0.mlp."
+        if f"{mlp}experts.gate_up_proj" in weights:
+            gate, up = np.split(weights[f"{mlp}experts.gate_up_proj"][number], 2)
+            return gate, up, weights[f"{mlp}experts.down_proj"][number]
+        names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+        if f"{mlp}switch_mlp.{names[0]}" in weights:
+            gate, up, down = (weights[f"{mlp}switch_mlp.{name}"][number] for name in names)
+        else:
+            gate, up, down = (weights[f"{mlp}experts.{number}.{name}"] for name in names)
+        return gate, up, down

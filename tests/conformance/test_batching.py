@@ -69,15 +69,19 @@ def text(history: Path) -> ModelText:
     return loaded
 
 
-@pytest.fixture(scope="module")
-def plain(history_model: Model, text: ModelText) -> list[list[int]]:
-    """Each alone, without drafts or cache."""
+def alone(model: Model, text: ModelText) -> list[list[int]]:
+    """The tokens of each by itself, without drafts or cache."""
     replies = []
     for one in requests():
-        alone = {"sampling": one.sampling, "depth": 0, "seed": one.seed, "processing": one.processing(text)}
-        (done,) = decode.generate(history_model, [one.prompt], NEW, HeadDrafter(history_model), **alone)
+        settings = {"sampling": one.sampling, "depth": 0, "seed": one.seed, "processing": one.processing(text)}
+        (done,) = decode.generate(model, [one.prompt], NEW, HeadDrafter(model), **settings)
         replies.append(done.tokens)
     return replies
+
+
+@pytest.fixture(scope="module")
+def plain(history_model: Model, text: ModelText) -> list[list[int]]:
+    return alone(history_model, text)
 
 
 def crowd(

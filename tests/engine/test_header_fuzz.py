@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.fuzz import fuzzed
 
 from mlx_mtp_backend import EngineError, ErrorReason, inspect_checkpoint
+from mlx_mtp_backend.families.layouts import Spelling
 from mlx_mtp_backend.safetensors_header import TensorInfo, read_header
 from mlx_mtp_backend.synthetic import Recipe, write
 
@@ -121,9 +122,19 @@ def test_fuzz_a_changed_byte_in_a_shard(folder: Path, tmp_path: Path, position: 
     read(tmp_path / name, good[:position] + bytes([value]) + good[position + 1 :])
 
 
-@fuzzed(150)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of experts; its head's one by one, so that their number in the config is how many names are looked for."""
+    return write(tmp_path_factory.mktemp("fuzz") / "m", Recipe(layers=2, experts=8, spelling=Spelling.EACH))
+
+
+@pytest.mark.parametrize("kind", ["folder", "mixture"])
+@fuzzed(100)
 @given(data=st.data())
-def test_fuzz_a_config_that_says_anything(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_fuzz_a_config_that_says_anything(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, data: st.DataObject
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
     copy = tmp_path / "m"
     if not copy.exists():
         shutil.copytree(folder, copy)

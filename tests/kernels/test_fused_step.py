@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from mlx.nn.layers.quantized import quantize
+from mlx.nn.layers.quantized import QuantizedLinear, quantize
 from mlx_lm.models.qwen3_5 import TextModel, TextModelArgs
 from mtp_kernels.registry import Registry
 
@@ -13,7 +13,7 @@ from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import MTPHead, Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused_or_stock
 from mlx_mtp_backend.families.qwen3_5_fused import fused as fused_model
-from mlx_mtp_backend.families.qwen3_5_fused_layers import Unsupported
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported
 
 TOKENS = mx.random.randint(0, 512, (96,), key=mx.random.key(3)).astype(mx.int32)
 # (rows of a pass, rows kept); the first is a prefill of which some rows are taken back.
@@ -98,6 +98,35 @@ def test_a_quantised_step_is_the_stock_step() -> None:
     one, other = Driven(stock), Driven(fused_model(stock, Registry()))
     for want, got in zip(one.run(3, 3), other.run(3, 3), strict=True):
         assert error(got, want) < 3e-2
+
+
+MIXTURE = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
+
+
+def sharpened(model: Qwen35) -> Qwen35:
+    """With routers so decided that no rounding changes a row's experts."""
+    for layer in [*model.text.model.layers, *model.mtp.layers]:
+        layer.mlp.gate.scales, layer.mlp.gate.biases = layer.mlp.gate.scales * 30, layer.mlp.gate.biases * 30
+    return model
+
+
+@pytest.mark.parametrize("same_format", [True, False])
+def test_a_step_with_experts_is_the_stock_step(same_format: bool) -> None:
+    """The trunk's and the head's layers, the router's two matrices in one format or each in its own."""
+    stock = sharpened(build(bits=4, num_hidden_layers=2, full_attention_interval=2, **MIXTURE))
+    if not same_format:
+        for layer in [*stock.text.model.layers, *stock.mtp.layers]:
+            layer.mlp.shared_expert_gate = QuantizedLinear(256, 1, bias=False, group_size=64, bits=8)
+            layer.mlp.shared_expert_gate.set_dtype(mx.float16)
+    one, other = Driven(stock), Driven(fused_model(stock, Registry()))
+    for rows, keep in PASSES:
+        for want, got in zip(one.run(rows, keep), other.run(rows, keep), strict=True):
+            assert error(got, want) < 3e-2
 
 
 def test_rejected_rows_leave_no_trace(fused: FusedQwen35) -> None:

@@ -11,13 +11,14 @@ import mtp_kernels
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta, sampler
+from mtp_kernels import attention_inputs, few_row_attention, few_row_experts, few_row_matmul, gated_delta, sampler
 from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.few_row_matmul.plan import THREADS, TILE_FEATURES, TILE_ROWS, WARPS, plan
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
+from mtp_kernels.segments import Segments
 
 FOLDER = Path(mtp_kernels.__file__).parent
-KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "sampler"]
+KERNELS = ["few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention", "few_row_experts", "sampler"]
 BF16 = mx.bfloat16
 
 
@@ -77,34 +78,92 @@ def test_every_launch_fits_into_shared_memory(
         assert (inputs // group * 2) % made.scale_bytes == 0  # every row of scales starts where such a copy may
 
 
+def mixture(
+    count: int = 4, top: int = 2, hidden: int = 256, width: int = 256, **formats: int
+) -> few_row_experts.Experts:
+    sizes = [(count * width, hidden)] * 2 + [(count * hidden, width)] + [(256, hidden)] * 2 + [(hidden, 256)]
+    return few_row_experts.Experts(*(matrix(n, k, **formats) for n, k in sizes), count, top)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": rows(33)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(0)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(inputs=128)}, r"expected \[1..32, 256\]"),
+        ({"x": rows(dtype=mx.float32)}, "neither bfloat16 nor float16"),
+        ({"x": rows(dtype=mx.float16)}, "like x"),
+        ({"logits": mx.zeros((2, 4))}, "logits are"),
+        ({"logits": mx.zeros((2, 5), BF16)}, "logits are"),
+        ({"norm_weight": mx.zeros((255,), BF16)}, "norm_weight is"),
+        ({"experts": replace(mixture(), top=5)}, "5 of 4 experts"),
+        ({"experts": mixture(count=513)}, "of 513 experts"),
+        ({"experts": mixture(width=128)}, "128 inputs in 4 bits are no multiple of 256"),
+        ({"experts": replace(mixture(), up=matrix(512))}, "one shape"),
+        ({"experts": replace(mixture(), down=matrix(512))}, "down is"),
+        ({"experts": replace(mixture(), shared_down=matrix(128))}, "shared_down is"),
+        ({"experts": replace(mixture(), gate=matrix(1024, bits=8), up=matrix(1024))}, "differ in bits"),
+        ({"experts": mixture(hidden=13_312)}, "do not fit into shared memory"),
+    ],
+)
+def test_experts_refuse(arguments: dict[str, object], message: str) -> None:
+    given = {"x": rows(), "logits": mx.zeros((2, 5)), "experts": mixture(), "norm_weight": mx.zeros((256,), BF16)}
+    with pytest.raises(ValueError, match=message):
+        few_row_experts.few_row_experts(**given | arguments)
+
+
+def test_rows_of_experts_are_those_that_fit() -> None:
+    assert few_row_experts.most_rows(mixture(256, 8, 2048, 512)) == 32
+    most = few_row_experts.most_rows(mixture(512, 10, 4096, 1024))
+    assert 8 <= most < 32
+    assert few_row_experts._enter_bytes(most, mixture(512, 10, 4096, 1024)) <= SHARED_MEMORY_BYTES
+
+
 def delta_weights() -> gated_delta.DeltaWeights:
     return gated_delta.DeltaWeights(
         mx.zeros((512, 4), BF16), mx.zeros((2,)), mx.zeros((2,), BF16), mx.zeros((128,), BF16), 1, 2, 1e-6
     )
 
 
+def delta_call(counts: tuple[int, ...] = (1, 2), *, settle: bool = False, **changed: mx.array) -> object:
+    """Two sequences, or what is changed of them, through the face."""
+    arrays = {
+        "fresh": mx.zeros((3, 772), BF16),
+        "recurrent": mx.zeros((2, 2, 128, 128)),
+        "window": mx.zeros((2, 3, 512), BF16),
+        "tape": mx.zeros((2, 8, 772), BF16),
+        "keep": mx.array([0, 1], dtype=mx.int32),
+    } | changed
+    state = gated_delta.DeltaState(arrays["recurrent"], arrays["window"], arrays["tape"])
+    segments = Segments.of(counts)
+    return gated_delta.gated_delta(arrays["fresh"], state, arrays["keep"], delta_weights(), segments, settle=settle)
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("fresh", (2, 771), "fresh is"),
-        ("fresh", (0, 772), "fresh is"),
-        ("pending", (1, 771), "pending is"),
-        ("recurrent", (1, 128, 128), "recurrent is"),
-        ("window", (4, 512), "window is"),
+        ("fresh", mx.zeros((3, 771), BF16), "fresh is"),
+        ("fresh", mx.zeros((2, 772), BF16), "fresh is"),
+        ("tape", mx.zeros((2, 7, 772), BF16), "tape is"),
+        ("tape", mx.zeros((1, 8, 772), BF16), "tape is"),
+        ("recurrent", mx.zeros((2, 1, 128, 128)), "recurrent is"),
+        ("recurrent", mx.zeros((2, 2, 128, 128), BF16), "recurrent is"),
+        ("window", mx.zeros((2, 4, 512), BF16), "window is"),
+        ("keep", mx.array([0, 1], dtype=mx.float32), "keep is"),
+        ("keep", mx.array([0], dtype=mx.int32), "keep is"),
     ],
 )
-def test_gated_delta_refuses_shapes(part: str, value: tuple[int, ...], message: str) -> None:
-    shapes = {"fresh": (2, 772), "pending": (1, 772), "recurrent": (2, 128, 128), "window": (3, 512)} | {part: value}
-    arrays = {name: mx.zeros(s, mx.float32 if name == "recurrent" else BF16) for name, s in shapes.items()}
-    state = gated_delta.DeltaState(arrays["recurrent"], arrays["window"], arrays["pending"])
+def test_gated_delta_refuses_shapes(part: str, value: mx.array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gated_delta.gated_delta(arrays["fresh"], state, mx.array([0], dtype=mx.int32), delta_weights())
+        delta_call(**{part: value})
 
 
-def test_gated_delta_refuses_a_count_of_another_type() -> None:
-    state = gated_delta.DeltaState(mx.zeros((2, 128, 128)), mx.zeros((3, 512), BF16), mx.zeros((1, 772), BF16))
-    with pytest.raises(ValueError, match="keep"):
-        gated_delta.gated_delta(mx.zeros((1, 772), BF16), state, mx.array([0.0]), delta_weights())
+def test_gated_delta_refuses_rows_that_no_tape_holds() -> None:
+    fresh = mx.zeros((10, 772), BF16)
+    with pytest.raises(ValueError, match="a tape holds 8"):
+        delta_call((1, 9), fresh=fresh)
+    with pytest.raises(ValueError, match="at least one"):
+        delta_call((0, 10), fresh=fresh)
 
 
 def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
@@ -112,16 +171,23 @@ def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
 
 
 def test_attention_inputs_refuse() -> None:
-    position, tail = mx.array([0, 0], dtype=mx.int32), mx.zeros((2, 2, 64, 256), BF16)
-    projected = mx.zeros((1, 12 * 256), BF16)
+    positions, tails = [mx.array([0, 0], dtype=mx.int32)] * 2, [mx.zeros((2, 2, 64, 256), BF16)] * 2
+    projected, segments = mx.zeros((3, 12 * 256), BF16), Segments.of((1, 2))
+    run, shape = attention_inputs.attention_inputs, attention_shape()
     with pytest.raises(ValueError, match="projected is"):
-        attention_inputs.attention_inputs(projected[:, :-1], tail, position, attention_shape())
+        run(projected[:, :-1], tails, positions, segments, shape)
+    with pytest.raises(ValueError, match="projected is"):
+        run(projected[:2], tails, positions, segments, shape)
+    with pytest.raises(ValueError, match="1 tails and 2 positions for 2 sequences"):
+        run(projected, tails[:1], positions, segments, shape)
+    with pytest.raises(ValueError, match="each has 1 to 64"):
+        run(projected, tails, positions, Segments.of((0, 3)), shape)
     with pytest.raises(ValueError, match="tail is"):
-        attention_inputs.attention_inputs(projected, tail[:, :, :-1], position, attention_shape())
+        run(projected, [tails[0], tails[1][:, :, :-1]], positions, segments, shape)
     with pytest.raises(ValueError, match="position"):
-        attention_inputs.attention_inputs(projected, tail, position[:1], attention_shape())
+        run(projected, tails, [positions[0], positions[1][:1]], segments, shape)
     with pytest.raises(ValueError, match="48 rotary"):
-        attention_inputs.attention_inputs(projected, tail, position, attention_shape(rotary=48))
+        run(projected, tails, positions, segments, attention_shape(rotary=48))
 
 
 @pytest.mark.parametrize(
@@ -131,21 +197,39 @@ def test_attention_inputs_refuse() -> None:
         ("keys", (2, 2, 64, 256), "keys are"),
         ("values", (1, 2, 32, 256), "values"),
         ("tail", (2, 2, 32, 256), "tail is"),
-        ("projected", (1, 256), "projected is"),
-        ("queries", (33, 4, 256), "exceed 64"),
+        ("position", (3,), "position"),
+        ("projected", (3, 256), "projected is"),
+        ("queries", (2, 4, 256), "queries are"),
     ],
 )
 def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> None:
+    """The second of two sequences is at fault where it can be."""
     shapes = {
-        "queries": (1, 4, 256),
+        "queries": (3, 4, 256),
         "keys": (1, 2, 64, 256),
         "values": (1, 2, 64, 256),
         "tail": (2, 2, 64, 256),
-        "projected": (1, 12 * 256),
-    } | {part: value}
-    q, k, v, tail, projected = (mx.zeros(s, BF16) for s in shapes.values())
+        "position": (2,),
+        "projected": (3, 12 * 256),
+    }
+
+    def arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
+        return {n: mx.zeros(s, mx.int32 if n == "position" else BF16) for n, s in shapes.items()}
+
+    good, bad = arrays(shapes), arrays(shapes | {part: value})
+    contexts = [few_row_attention.Context(*(a[n] for n in list(shapes)[1:5])) for a in (good, bad)]
     with pytest.raises(ValueError, match=message):
-        few_row_attention.few_row_attention(q, k, v, tail, mx.array([0, 0], dtype=mx.int32), projected)
+        few_row_attention.few_row_attention(bad["queries"], contexts, Segments.of((1, 2)), bad["projected"])
+
+
+def test_attention_refuses_more_rows_or_other_sequences() -> None:
+    keys, tail = mx.zeros((1, 2, 64, 256), BF16), mx.zeros((2, 2, 64, 256), BF16)
+    context = few_row_attention.Context(keys, keys, tail, mx.array([0, 0], dtype=mx.int32))
+    queries, projected = mx.zeros((34, 4, 256), BF16), mx.zeros((34, 12 * 256), BF16)
+    with pytest.raises(ValueError, match="exceed 64"):
+        few_row_attention.few_row_attention(queries, [context] * 2, Segments.of((1, 33)), projected)
+    with pytest.raises(ValueError, match="1 contexts for 2 sequences"):
+        few_row_attention.few_row_attention(queries, [context], Segments.of((17, 17)), projected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -153,6 +237,7 @@ def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
     text = (FOLDER / kernel / "kernel.cu").read_text()
     text = re.sub(r"atomicAdd\(&s\.bins|atomic(Max|Add)\(&s\.key", "", text)  # whole numbers, which no order changes
     text = text.replace("atomicAdd(work, 1u)", "")  # counts tiles, which does not sum anything
+    text = text.replace("atomicOr(&s.sets", "")  # sets of rows
     assert not re.search(r"\batomic|\bred\.", text)
 
 
@@ -169,18 +254,33 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("few_row_matmul", "kTileRows") == TILE_FEATURES
     assert constant("gated_delta", "kThreads") == gated_delta._THREADS
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
+    assert constant("gated_delta", "kTape") == gated_delta.TAPE
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
-    assert constant("few_row_attention", "kSplit") == few_row_attention._SPLIT
+    splits = (few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG)
+    assert tuple(constant("few_row_attention", name) for name in ("kNear", "kShort", "kLong")) == splits
+    assert constant("few_row_attention", "kTile") == few_row_attention._TILE
     assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
     assert constant("sampler", "kThreads") == sampler._THREADS
     assert constant("sampler", "kWords") == sampler.WORDS
-    assert constant("few_row_attention", "kNodes") * few_row_attention.HEAD_DIM == few_row_attention._JOIN_THREADS
+    assert constant("few_row_attention", "kJoinDim") == few_row_attention._JOIN_DIM
+    threads = constant("few_row_attention", "kJoinWays") * few_row_attention._JOIN_DIM // 4
+    assert threads == few_row_attention._JOIN_THREADS
+    assert constant("few_row_experts", "kTeamWarps") == few_row_experts._TEAM_WARPS
+    assert constant("few_row_experts", "kTeams") == few_row_experts._TEAMS
+    assert constant("few_row_experts", "kEnterFeatures") == few_row_experts._ENTER_FEATURES
+    assert constant("few_row_experts", "kLeaveFeatures") == few_row_experts._LEAVE_FEATURES
+    assert constant("few_row_experts", "kLeaveThreads") == few_row_experts._LEAVE_THREADS
+    assert constant("few_row_experts", "kMostRows") == few_row_experts.MAX_ROWS
     assert few_row_attention.HEAD_DIM == constant("few_row_attention", "kDim") == attention_inputs.HEAD_DIM
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_version_follows_its_sources(kernel: str) -> None:
-    names = ["kernel.cu", *(["plan.py"] if kernel == "few_row_matmul" else []), "kernel.metal", "metal.py"]
+    names = ["kernel.cu", "kernel.metal", "metal.py"]
+    if kernel == "few_row_matmul":
+        names = ["../tensor_core.cuh", "kernel.cu", "plan.py", "kernel.metal", "metal.py"]
+    if kernel == "few_row_experts":
+        names = ["../tensor_core.cuh", "../few_row_matmul/kernel.metal", *names]
     texts = [(FOLDER / kernel / name).read_text() for name in names]
     assert version_of(*texts) == getattr(mtp_kernels, kernel).VERSION
     for changed in range(len(names)):

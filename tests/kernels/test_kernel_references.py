@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mtp_kernels import attention_inputs, few_row_attention, few_row_matmul, gated_delta
+from mtp_kernels import attention_inputs, few_row_attention, few_row_experts, few_row_matmul, gated_delta
 from mtp_kernels.few_row_matmul import Matrix
+from mtp_kernels.segments import Segments
 
 RNG = np.random.default_rng(0)
 
@@ -68,6 +69,31 @@ def test_matmul(bits: int, group: int, fusion: str, implementation) -> None:
     close(got, want + added if fusion == "residual" else want, 1e-4)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32), (16, 0)])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("implementation", [few_row_experts.reference, few_row_experts.stock])
+def test_experts(bits: int, group: int, normalised: bool, implementation) -> None:
+    count, top, hidden, width, shared = 6, 3, 256, 128, 384
+    sizes = [(count * width, hidden)] * 2 + [(count * hidden, width)] + [(shared, hidden)] * 2 + [(hidden, shared)]
+    matrices = [random_matrix(n, k, bits, group) for n, k in sizes]
+    x, norm, logits = RNG.normal(size=(4, hidden)) * 0.1, RNG.uniform(0.5, 1.5, hidden), RNG.normal(size=(4, count + 1))
+    logits[2, :count] = 1.0  # ties go to the lowest
+    as_mx = [mx.array(a.astype(np.float32)) for a in (x, logits, norm)]
+    weights = few_row_experts.Experts(*matrices, count, top, normalised)
+    got = implementation(*as_mx[:2], weights, as_mx[2])
+    gate, up, down, *own = (unpacked(m) for m in matrices)
+    want = x.copy()
+    for m, h in enumerate(rms(x, norm, 1e-6)):
+        shares = np.exp(logits[m, :count]) / np.exp(logits[m, :count]).sum()
+        best = sorted(range(count), key=lambda e: (-shares[e], e))[:top]
+        whole = sum(shares[e] for e in best) if normalised else 1.0
+        for e in best:
+            at, to = slice(e * width, (e + 1) * width), slice(e * hidden, (e + 1) * hidden)
+            want[m] += shares[e] / whole * (down[to] @ (silu(gate[at] @ h) * (up[at] @ h)))
+        want[m] += own[2] @ (silu(own[0] @ h) * (own[1] @ h)) / (1 + np.exp(-logits[m, count]))
+    close(got, want, 1e-4)
+
+
 def delta_weights(key_heads: int = 2, value_heads: int = 4) -> gated_delta.DeltaWeights:
     channels = (2 * key_heads + value_heads) * 128
     arrays = [RNG.normal(size=(channels, 4)) * 0.5, RNG.normal(size=value_heads), RNG.normal(size=value_heads)]
@@ -109,13 +135,17 @@ def test_gated_delta(kept: int, settle: bool) -> None:
     pending, fresh = RNG.normal(size=(3, w.width)), RNG.normal(size=(2, w.width))
     window, state = RNG.normal(size=(3, w.channels)), RNG.normal(size=(4, 128, 128)) * 0.1
     as_mx = [mx.array(a.astype(np.float32)) for a in (state, window, pending, fresh)]
-    given_state = gated_delta.DeltaState(*as_mx[:3])
-    y, recurrent, new_window = gated_delta.reference(as_mx[3], given_state, mx.array([kept]), w, settle=settle)
+    recurrent, window_rows, tape = as_mx[:3]
+    tape = mx.concatenate([tape, mx.full((gated_delta.TAPE - 3, w.width), mx.nan)])
+    given_state = gated_delta.DeltaState(recurrent[None], window_rows[None], tape[None])
+    y, after = gated_delta.reference(as_mx[3], given_state, mx.array([kept]), w, Segments.of((2,)), settle=settle)
     outputs, states, history = numpy_delta(np.concatenate([pending[:kept], fresh]), window, state, w)
     close(y, outputs[kept:])
     settled = kept + 2 if settle else kept
-    close(recurrent, states[settled - 1] if settled else state)
-    close(new_window, history[settled : settled + 3])
+    close(after.recurrent[0], states[settled - 1] if settled else state)
+    close(after.window[0], history[settled : settled + 3])
+    if not settle:
+        close(after.tape[0, :2], fresh)
 
 
 @settings(max_examples=8, deadline=None)
@@ -125,17 +155,35 @@ def test_gated_delta_passes_equal_one_pass(sizes: list[int]) -> None:
     w = delta_weights(1, 2)
     total = sum(sizes)
     rows = mx.random.normal((total, w.width), key=mx.random.key(total))
-    start = gated_delta.DeltaState(mx.zeros((2, 128, 128)), mx.zeros((3, w.channels)), rows[:1])
-    want, want_state, _ = gated_delta.reference(rows, start, mx.array([0]), w, settle=True)
+    start = gated_delta.DeltaState.empty(w, mx.float32)
+    none = mx.array([0])
+    want, settled = gated_delta.reference(rows, start, none, w, Segments.of((total,)), settle=True)
     state, kept, outputs, at = start, 0, [], 0
     for size in sizes:
         fresh = rows[at : at + size]
-        y, recurrent, window = gated_delta.reference(fresh, state, mx.array([kept]), w)
+        y, state = gated_delta.reference(fresh, state, mx.array([kept]), w, Segments.of((size,)))
         outputs.append(y)
-        state, kept, at = gated_delta.DeltaState(recurrent, window, fresh), size, at + size
-    _, last, _ = gated_delta.reference(rows[:1], state, mx.array([kept]), w)
+        kept, at = size, at + size
+    _, last = gated_delta.reference(rows[:1], state, mx.array([kept]), w, Segments.of((1,)))
     assert mx.array_equal(mx.concatenate(outputs), want)
-    assert mx.array_equal(last, want_state)
+    assert mx.array_equal(last.recurrent, settled.recurrent)
+    assert mx.array_equal(last.window, settled.window)
+
+
+def test_gated_delta_of_several_sequences_is_that_of_each_alone() -> None:
+    w, segments, keep = delta_weights(1, 2), Segments.of((2, 1, 8)), mx.array([0, 8, 3])
+    shapes = [(3, 2, 128, 128), (3, 3, w.channels), (3, gated_delta.TAPE, w.width), (11, w.width)]
+    keys = mx.random.split(mx.random.key(4), 4)
+    *state, fresh = (mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True))
+    y, after = gated_delta.reference(fresh, gated_delta.DeltaState(*state), keep, w, segments)
+    for own, part in enumerate(segments.slices):
+        one = gated_delta.DeltaState(*(array[own : own + 1] for array in state))
+        rows = segments.counts[own]
+        alone, left = gated_delta.reference(fresh[part], one, keep[own : own + 1], w, Segments.of((rows,)))
+        assert mx.array_equal(y[part], alone)
+        assert mx.array_equal(after.recurrent[own], left.recurrent[0])
+        assert mx.array_equal(after.window[own], left.window[0])
+        assert mx.array_equal(after.tape[own, :rows], left.tape[0, :rows])
 
 
 def attention_shape(heads: int = 4, kv_heads: int = 2, rotary: int = 64) -> attention_inputs.AttentionShape:
@@ -159,7 +207,8 @@ def test_attention_inputs(rotary: int) -> None:
     rows, base, first = RNG.normal(size=(3, shape.width)), 100, 107
     tail = RNG.normal(size=(2, 2, attention_inputs.TAIL, 256))
     as_mx = [mx.array(a.astype(np.float32)) for a in (rows, tail)]
-    q, new_tail = attention_inputs.reference(*as_mx, mx.array([base, first], dtype=mx.int32), shape)
+    position = mx.array([base, first], dtype=mx.int32)
+    q, (new_tail,) = attention_inputs.reference(as_mx[0], [as_mx[1]], [position], Segments.of((3,)), shape)
     want_q, want_tail = np.zeros((3, 4, 256)), tail.copy()
     for m, row in enumerate(rows):
         for head in range(4):
@@ -180,7 +229,8 @@ def test_attention(base: int) -> None:
     q, k, v, tail, projected = (RNG.normal(size=s) for s in shapes)
     as_mx = [mx.array(a.astype(np.float32)) for a in (q, k, v, tail)]
     position = mx.array([base, first], dtype=mx.int32)
-    got = few_row_attention.reference(*as_mx, position, mx.array(projected.astype(np.float32)))
+    context = few_row_attention.Context(*as_mx[1:], position)
+    got = few_row_attention.reference(as_mx[0], [context], Segments.of((rows,)), mx.array(projected.astype(np.float32)))
     want = np.zeros((rows, 4, 256))
     for m in range(rows):
         for head in range(4):
@@ -191,3 +241,28 @@ def test_attention(base: int) -> None:
             gate = projected[m, head * 512 + 256 : head * 512 + 512]
             want[m, head] = weights @ values / weights.sum() / (1 + np.exp(-gate))
     close(got, want.reshape(rows, -1))
+
+
+def test_attention_of_several_sequences_is_that_of_each_alone() -> None:
+    """References of both kernels, at lengths that differ."""
+    shape, segments = attention_shape(), Segments.of((2, 1, 3))
+    where = [(0, 0), (70, 71), (30, 60)]
+    projected = mx.random.normal((6, shape.width), key=mx.random.key(1))
+    tails = list(mx.random.normal((3, 2, 2, attention_inputs.TAIL, 256), key=mx.random.key(2)))
+    keys, values = mx.random.normal((2, 3, 1, 2, 96, 256), key=mx.random.key(3))
+    positions = [mx.array(pair, dtype=mx.int32) for pair in where]
+
+    def run(chosen: list[int], rows: mx.array, segments: Segments) -> list[mx.array]:
+        own_tails, own_positions = [tails[i] for i in chosen], [positions[i] for i in chosen]
+        q, after = attention_inputs.reference(rows, own_tails, own_positions, segments, shape)
+        contexts = [
+            few_row_attention.Context(keys[i], values[i], tail, positions[i])
+            for i, tail in zip(chosen, after, strict=True)
+        ]
+        return [few_row_attention.reference(q, contexts, segments, rows), *after]
+
+    together, *tails_together = run([0, 1, 2], projected, segments)
+    for own, part in enumerate(segments.slices):
+        alone, tail = run([own], projected[part], Segments.of((segments.counts[own],)))
+        assert mx.array_equal(together[part], alone)
+        assert mx.array_equal(tails_together[own], tail)

@@ -60,7 +60,27 @@ def test_the_reference_draws_what_the_engine_draws(kind, vocab_size, spread, dty
     seeds, positions = [seed, 3, 2**63], [seed % 5000, 0, 2**31]
     law = sampling.transform(logits, own)
     want = sampling.choose(law, noise.keys(seeds), mx.array(positions), purpose)
-    assert reference(logits, words(own, seeds, positions, purpose)).tolist() == want.tolist()
+    drawn = reference(logits, words(own, seeds, positions, purpose))
+    for row, pair in enumerate(zip(drawn.tolist(), want.tolist(), strict=True)):
+        # Only a nucleus may end elsewhere, and only where its border is within rounding of a token's.
+        assert len(set(pair)) == 1 or any(at_the_border(logits[row], token, own) for token in pair)
+
+
+def at_the_border(logits: mx.array, token: int, own: Sampling) -> bool:
+    """Whether the mass before a token is within rounding of top-p: added up in float64, likeliest first."""
+    values = np.array(logits.astype(mx.float32)).astype(np.float64)
+    order = np.argsort(-values, kind="stable")
+    mass = np.exp(values[order] - values.max())[: own.top_k or None]
+    place = int(np.flatnonzero(order == token)[0])
+    return own.top_p < 1 and place < mass.size and bool(abs(mass[:place].sum() / mass.sum() - own.top_p) < 1e-5)
+
+
+def test_a_border_within_rounding_is_told_from_a_fault() -> None:
+    """Found by chance: 1000 equal tokens, of which half are a nucleus; 500 or 501 of them, by the order of the sum."""
+    own = Sampling(0.3, top_k=1000, top_p=0.5)
+    equal = mx.zeros((1003,))
+    assert [at_the_border(equal, token, own) for token in (499, 500, 501, 1001)] == [False, True, False, False]
+    assert not at_the_border(equal, 500, Sampling(0.3, top_k=1000))
 
 
 def test_the_reference_follows_the_law() -> None:

@@ -88,6 +88,7 @@ ALWAYS int max(int a, int b) { return a > b ? a : b; }
 ALWAYS uint min(uint a, uint b) { return a < b ? a : b; }
 ALWAYS float ceil(float x) { return __builtin_ceilf(x); }
 ALWAYS uint mulhi(uint a, uint b) { return uint((unsigned long)a * b >> 32); }
+ALWAYS uint popcount(uint x) { return uint(__builtin_popcount(x)); }
 ALWAYS uint max(uint a, uint b) { return a > b ? a : b; }
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };

@@ -11,7 +11,7 @@ from mtp_kernels.few_row_matmul import few_row_matmul
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import Case, check
 
-from benchmarks.gpu_checks import attention_case, delta, inputs, matrix, sampler_case
+from benchmarks.gpu_checks import attention_case, delta, experts, inputs, matrix, sampler_case
 from tests.metal_host.host import Host
 from tests.metal_host.test_kernels import BF16, TOLERANCE, matmul
 
@@ -41,6 +41,10 @@ def attention_inputs() -> Case:
 
 def attention() -> Case:
     return attention_case(6, 2, BF16)
+
+
+def mixture() -> Case:
+    return experts((40, 3, 256, 128, 256), BF16, (8, 64), (8, 64))
 
 
 def sampler() -> Case:
@@ -93,6 +97,12 @@ BUGS = [
     Bug("wrong lane", gated_delta, "simd_shuffle_xor(v, 2)", "simd_shuffle_xor(v, 4)", "differs"),
     Bug("wrong row's factor", gated_delta, "decay[t], beta[t]", "decay[t], beta[0]", "differs"),
     Bug("wrong head", gated_delta, "key_head = head / (HV / HK)", "key_head = head % HK", "race|differs"),
+    Bug("wrong sequence", gated_delta, "own = ((size_t(sequence) * HV", "own = ((size_t(0) * HV", "race|differs"),
+    Bug("wrong sequence", gated_delta, "size_t(sequence) * kTape", "size_t(0) * kTape", "race|differs"),
+    Bug("wrong sequence", gated_delta, "size_t(sequence) * (kTaps - 1)", "size_t(0) * (kTaps - 1)", "race|differs"),
+    Bug("wrong sequence", gated_delta, "kept_rows = keep[sequence]", "kept_rows = keep[0]", "differs"),
+    Bug("rows of others", gated_delta, "y + size_t(first + row", "y + size_t(row", "race|differs"),
+    Bug("tape cut short", gated_delta, "item < new_rows * 4", "item < new_rows * 3", "differs|nothing has written"),
     Bug("window written twice", gated_delta, " || head % (HV / HK) == 0", " || true", "race"),
     Bug("replay rounds once more", gated_delta, "q[2 * kDim + value_row], decay",
         "start + t < kept_rows ? float(T(q[2 * kDim + value_row])) : q[2 * kDim + value_row], decay", "rows differ",
@@ -123,6 +133,32 @@ BUGS = [
     Bug("row stored past the last", attention, "if (first + m >= rows) return;", "", "race|out of bounds", (5,)),
     Bug("divergent shuffle", attention, "float score = Join<16,", "if (lane > 30) return; float score = Join<16,",
         "diverges"),
+    Bug("missing barrier", mixture, f"sets[e] = set;\n  }}\n  {BARRIER}", "sets[e] = set;\n  }", RACE),
+    Bug("missing barrier", mixture, f"weights + row * (TOP + 1));\n  }}\n  {BARRIER}",
+        "weights + row * (TOP + 1));\n  }", RACE),
+    Bug("missing barrier", mixture,
+        f"slot.count, lane, made);\n  }}\n  {BARRIER}", "slot.count, lane, made);\n  }", RACE),
+    Bug("off-by-one expert", mixture,
+        "size_t(slot.expert) * WIDTH", "size_t((slot.expert + 1) % E) * WIDTH", "differs"),
+    Bug("off-by-one expert", mixture,
+        "size_t(slot.expert) * HIDDEN", "size_t((slot.expert + 1) % E) * HIDDEN", "differs"),
+    Bug("off-by-one expert", mixture, "for (; before < e; ++before) {", "for (; before < e - 1; ++before) {"),
+    Bug("wrong weight", mixture, "fma(weights[row * (TOP + 1) + s]", "fma(weights[row * (TOP + 1) + s / 2]", "differs"),
+    Bug("wrong weight", mixture, "if (lane == s) own = mass;", "if (lane == s) own = total;", "differs"),
+    Bug("wrong weight", mixture, "weights[lane] = own / total;", "weights[lane] = own;", "differs"),
+    Bug("wrong row", mixture, "line[m] = pair[m] / PER;", "line[m] = pair[0] / PER;", "differs"),
+    Bug("wrong row", mixture, "made[(row * TOP + s) * 4 + f]", "made[s * 4 + f]", "differs"),
+    Bug("ties to the highest", mixture, "other_id < id)", "other_id > id)", "differs"),
+    Bug("expert chosen twice", mixture,
+        "if (i * 32 + lane == id) left[i]", "if (false) left[i]", "differs|race|written"),
+    Bug("wrong lane", mixture, "min(lane + 2, 31)", "min(lane + 1, 31)", "differs"),
+    Bug("second matrix forgotten", mixture,
+        "(s < kRows ? matrix.words : second.words)[row", "matrix.words[row", "differs"),
+    Bug("wrong group scale", mixture,
+        "row * (K / GROUP) + k / GROUP", "row * (K / GROUP) + (k + 32) / GROUP % (K / GROUP)", "differs"),
+    Bug("shared expert forgotten", mixture,
+        "sum = fma(weights[row * (TOP + 1) + TOP]", "(void)(weights[row * (TOP + 1) + TOP]", "differs"),
+    Bug("columns past the last", mixture, "if (m < columns && s < 2)", "if (s < 2)", "race|differs"),
     Bug("missing barrier", sampler, f"masses[simdgroup] = own.mass;\n  }}\n  {BARRIER}",
         "masses[simdgroup] = own.mass;\n  }", RACE),
     Bug("off by one", sampler, "int fit = top_k - above.tokens;", "int fit = top_k - above.tokens - 1;", "differs"),

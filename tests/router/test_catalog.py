@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.gguf_files import Script, write_mtp_model, write_script_model
 
+from mlx_mtp_backend.families.layouts import Spelling
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.catalog import build_catalog, warn_of
 from router.domain import BackendKind, Capability, ErrorReason, HeadFacts, ModelFormat, Offer, RouterError
@@ -115,6 +116,39 @@ def test_a_removed_head_is_declared_but_absent_and_routed_elsewhere(files: Path)
     models = {"m": ModelSettings(path=files / "head", gguf=files / "small.gguf")}
     route, _ = choose_route("m", build_catalog(Settings(models=models), files / "empty").resolve("m"), OFFERS)
     assert route.kind is BackendKind.MLX
+
+
+@pytest.mark.parametrize("wrapper", [True, False])
+def test_a_mixture_of_experts_goes_to_the_engine_by_its_heads_tensors(
+    files: Path, tmp_path: Path, wrapper: bool
+) -> None:
+    path = write(tmp_path / "m", Recipe(layers=2, experts=8, wrapper=wrapper))
+    models = {"m": ModelSettings(path=path, gguf=files / "small.gguf")}
+    entry = build_catalog(Settings(models=models), files / "empty").resolve("m")
+    route, served = choose_route("m", entry, OFFERS)
+    assert (route.kind, served.path) == (BackendKind.MLX, path)
+    facts = entry.facts
+    assert (facts.architecture, facts.experts) == ("qwen3_5_moe", (8, 2))
+    assert facts.head == HeadFacts(1, True, DRIVER, "shards")
+    assert "19 tensors, such as mtp." in facts.capabilities[Capability.MTP].evidence
+    # All eight experts of each layer, not the two that a token goes to: in bfloat16, behind headers of some kilobytes.
+    files_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert facts.size_bytes is not None
+    assert 0 <= files_bytes - facts.size_bytes < 10_000
+    memory = entry.memory_bytes(1)
+    assert memory is not None
+    assert memory > facts.size_bytes
+
+
+def test_a_mixture_whose_head_lacks_an_expert_is_no_head(files: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "m", Recipe(layers=2, experts=8, spelling=Spelling.EACH))
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["num_experts"] = 9
+    (path / "config.json").write_text(json.dumps(config))
+    models = {"m": ModelSettings(path=path, gguf=files / "small.gguf")}
+    route, _ = choose_route("m", build_catalog(Settings(models=models), files / "empty").resolve("m"), OFFERS)
+    assert route.kind is BackendKind.LLAMA_CPP
+    assert "layers.0.mlp.gate.weight" in route.reason
 
 
 def test_a_head_path_without_a_head_is_told_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:

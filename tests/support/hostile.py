@@ -195,6 +195,26 @@ def _(folder: Path, good: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
 
 
+IMPOSSIBLE = {
+    "no experts": ({"num_experts": 0}, "gives no usable num_experts"),
+    "2^39 experts": ({"num_experts": 2**39}, "the limit is"),
+    "more experts a token than there are": ({"num_experts_per_tok": 9}, "there are 8 experts"),
+    "experts of no width": ({"moe_intermediate_size": 0}, "gives no usable moe_intermediate_size"),
+}
+
+
+def _add_mixture(name: str, sizes: dict[str, int], says: str) -> None:
+    @case(f"checkpoint: a mixture of {name}", says)
+    def _(folder: Path, good: Path) -> None:
+        text = json.loads((good / "config.json").read_text())["text_config"]
+        usual = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        edited(folder, good, "config.json", model_type="qwen3_5_moe", text_config=text | usual | sizes)
+
+
+for _name, (_sizes, _says) in IMPOSSIBLE.items():
+    _add_mixture(_name, _sizes, _says)
+
+
 def _add_link(name: str, file: str, target: str, says: str) -> None:
     @case(f"checkpoint: {name}", says)
     def _(folder: Path, good: Path) -> None:

@@ -49,11 +49,12 @@ __device__ __forceinline__ void norm_and_rotate(float (&v)[8], const T* weight, 
   }
 }
 
-// position[0]: first position that the tail holds; position[1]: position of the first new row.
+// One sequence, of which `row` is the first row. position[0]: first position that the tail holds; position[1]: position of
+// the first new row.
 template <typename T, int ROTARY, int TAIL>
 __device__ __forceinline__ void run(const T* projected, const T* tail, const int* position, const T* q_weight,
-                                    const T* k_weight, T* queries, T* tail_out, int rows, int heads, int kv_heads,
-                                    float eps, float log2_theta) {
+                                    const T* k_weight, T* queries, T* tail_out, int row, int rows, int heads,
+                                    int kv_heads, float eps, float log2_theta) {
   const int lane = threadIdx.x & 31;
   const int item = blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5);
   const int per_row = heads + 2 * kv_heads;
@@ -61,18 +62,18 @@ __device__ __forceinline__ void run(const T* projected, const T* tail, const int
   const int used = position[1] - position[0];
   if (item >= rows * per_row) {
     const int line = item - rows * per_row;  // of the tail: [2, kv_heads, TAIL]
-    const int row = line % TAIL;
-    if (line >= 2 * kv_heads * TAIL || (row >= used && row < used + rows)) return;
+    const int place = line % TAIL;
+    if (line >= 2 * kv_heads * TAIL || (place >= used && place < used + rows)) return;
     reinterpret_cast<uint4*>(tail_out)[static_cast<size_t>(line) * 32 + lane] =
         reinterpret_cast<const uint4*>(tail)[static_cast<size_t>(line) * 32 + lane];
     return;
   }
   const int m = item / per_row, head = item - m * per_row;
-  const T* row = projected + static_cast<size_t>(m) * stride;
+  const T* from = projected + static_cast<size_t>(row + m) * stride;
   const bool query = head < heads, value = head >= heads + kv_heads;
-  const T* source = query ? row + head * 2 * kDim : row + (2 * heads + (head - heads)) * kDim;
+  const T* source = query ? from + head * 2 * kDim : from + (2 * heads + (head - heads)) * kDim;
   Eight<T> raw = *reinterpret_cast<const Eight<T>*>(source + lane * 8);
-  T* target = query ? queries + (static_cast<size_t>(m) * heads + head) * kDim
+  T* target = query ? queries + (static_cast<size_t>(row + m) * heads + head) * kDim
                     : tail_out + (static_cast<size_t>(head - heads) * TAIL + used + m) * kDim;
   if (!value) {
     float v[8];

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ..launch import METAL_TYPES, metal_launch, source_text
+from ..segments import Segments
 from .reference import HEAD_DIM, AttentionShape
 
 _BODY = """
@@ -35,8 +37,20 @@ _BODY = """
 """
 
 
-def launch(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
-    """One launch; arguments are checked by the caller."""
+def launch(
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> tuple[mx.array, list[mx.array]]:
+    """One launch a sequence, as a kernel has at most 31 buffers; arguments are checked by the caller."""
+    own = zip(segments.slices, tails, positions, strict=True)
+    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
+    return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
+
+
+def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
     rows, tail_rows = projected.shape[0], tail.shape[2]
     constants = f"""
   using T = {METAL_TYPES[projected.dtype]};

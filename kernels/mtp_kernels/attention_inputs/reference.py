@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..launch import host_ints
+from ..segments import Segments
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,19 @@ def rotate(x: mx.array, first: mx.array, rotary: int, theta: float) -> mx.array:
 
 
 def reference(
-    projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape
-) -> tuple[mx.array, mx.array]:
-    """The definition of right for `attention_inputs`; reads `position` back to the host."""
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> tuple[mx.array, list[mx.array]]:
+    """The definition of right for `attention_inputs`; reads `positions` back to the host."""
+    own = zip(segments.slices, tails, positions, strict=True)
+    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
+    return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
+
+
+def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
     base, first = host_ints(position)
     rows = projected.shape[0]
     wide = projected.astype(mx.float32)

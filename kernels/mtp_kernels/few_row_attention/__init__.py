@@ -1,24 +1,34 @@
 """Gated grouped-query attention of few rows over a KV cache, row-invariant, in two launches.
 
-The first reduces fixed splits of 64 positions, the second joins a row's splits in order and applies the output gate.
+The first reduces splits of the context at fixed positions, the second joins a row's splits in order and applies the
+output gate.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ..attention_inputs import TAIL
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from ..segments import Segments, launch_size, numbered, of_sequence, padded
 from . import metal
-from .reference import HEAD_DIM, reference
+from .reference import HEAD_DIM, Context, reference
 
-__all__ = ["MAX_QUERIES", "VERSION", "check", "few_row_attention", "reference", "supported"]
+__all__ = ["MAX_QUERIES", "VERSION", "Context", "check", "few_row_attention", "reference", "supported"]
 
 MAX_QUERIES = 64
-"""Most rows times query heads per KV head in one pass."""
-_SPLIT = 64
-_THREADS = 256
-_JOIN_THREADS = 1024
+"""Most rows of a sequence times query heads per KV head in one pass."""
+_TILES = (1, 3, 6, 8)
+"""Numbers of tiles of 8 columns (rows times query heads per KV head) that the kernel is compiled for."""
+_NEAR, _SHORT, _LONG = 1024, 64, 256
+"""Splits are short below the first position, then long."""
+_TILE = 64
+_OF_CONTEXT = ("keys", "values", "tail", "position")
+_THREADS = 128
+_JOIN_THREADS, _JOIN_DIM = 512, 128
 VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
 
 
@@ -33,87 +43,138 @@ def supported(heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> str 
     return None
 
 
-def check(queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, projected: mx.array) -> None:
+def check(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> None:
     """Raises ValueError when shapes or dtypes do not fit together."""
-    if queries.ndim != 3 or queries.shape[2] != HEAD_DIM:
-        raise ValueError(f"queries are {queries.shape}, expected [M, heads, {HEAD_DIM}]")
+    if not contexts or len(contexts) != len(segments.counts):
+        raise ValueError(f"{len(contexts)} contexts for {len(segments.counts)} sequences")
+    if queries.ndim != 3 or queries.shape[0] != sum(segments.counts) or queries.shape[2] != HEAD_DIM:
+        raise ValueError(f"queries are {queries.shape}, expected [{sum(segments.counts)}, heads, {HEAD_DIM}]")
     rows, heads, _ = queries.shape
-    if keys.ndim != 4 or keys.shape[0] != 1 or keys.shape[3] != HEAD_DIM or keys.shape != values.shape:
-        raise ValueError(f"keys are {keys.shape} and values {values.shape}, expected [1, kv_heads, C, {HEAD_DIM}]")
-    if tail.shape != (2, keys.shape[1], TAIL, HEAD_DIM):
-        raise ValueError(f"tail is {tail.shape}, expected {(2, keys.shape[1], TAIL, HEAD_DIM)}")
-    if rows * (heads // keys.shape[1]) > MAX_QUERIES:
-        raise ValueError(f"{rows} rows of {heads // keys.shape[1]} heads per KV head exceed {MAX_QUERIES}")
-    if projected.shape != (rows, 2 * (heads + keys.shape[1]) * HEAD_DIM):
-        raise ValueError(f"projected is {projected.shape}")
-    if any(a.dtype != queries.dtype for a in (keys, values, tail, projected)):
-        raise ValueError(f"keys, values, tail and projected must be {queries.dtype} like the queries")
+    kv_heads = contexts[0].keys.shape[1]
+    if projected.shape != (rows, 2 * (heads + kv_heads) * HEAD_DIM) or projected.dtype != queries.dtype:
+        raise ValueError(f"projected is {projected.shape} {projected.dtype}")
+    for context, count in zip(contexts, segments.counts, strict=True):
+        _check_context(context, kv_heads, queries.dtype)
+        if not 1 <= count * (heads // kv_heads) <= MAX_QUERIES:
+            raise ValueError(f"{count} rows of {heads // kv_heads} heads per KV head exceed {MAX_QUERIES}")
+
+
+def _check_context(context: Context, kv_heads: int, dtype: mx.Dtype) -> None:
+    keys, values, tail = context.keys, context.values, context.tail
+    if keys.shape != (1, kv_heads, keys.shape[2], HEAD_DIM) or keys.shape != values.shape:
+        raise ValueError(f"keys are {keys.shape} and values {values.shape}, expected [1, {kv_heads}, C, {HEAD_DIM}]")
+    if tail.shape != (2, kv_heads, TAIL, HEAD_DIM):
+        raise ValueError(f"tail is {tail.shape}, expected {(2, kv_heads, TAIL, HEAD_DIM)}")
+    if any(a.dtype != dtype for a in (keys, values, tail)):
+        raise ValueError(f"keys, values and tail must be {dtype} like the queries")
+    if context.position.shape != (2,) or context.position.dtype != mx.int32:
+        raise ValueError("position must be two int32")
 
 
 def few_row_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
+    queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array
 ) -> mx.array:
-    """Causal attention of the newest rows, gated.
+    """Causal attention of each sequence's newest rows, gated.
 
     Args:
-        queries: `[M, heads, 256]`, normed and rotated; the scale 256 ** -0.5 is applied here.
-        keys, values: `[1, kv_heads, C, 256]`; positions below position[0] are read from them.
-        tail: `[2, kv_heads, 64, 256]`, keys and values from position[0] on, the new rows' included.
-        position: two int32: first position in the tail, position of the first row.
+        queries: `[N, heads, 256]`, normed and rotated; the scale 256 ** -0.5 is applied here.
+        contexts: of each sequence; all have the same KV heads.
+        segments: which rows are whose.
         projected: the layer's projection rows, which hold the gates (see `attention_inputs`).
 
     Returns:
-        `[M, heads * 256]`, each head times the sigmoid of its gate.
+        `[N, heads * 256]`, each head times the sigmoid of its gate.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
     """
-    check(queries, keys, values, tail, projected)
-    rows, heads, _ = queries.shape
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
-    reason = supported(heads, kv_heads, queries.shape[2], queries.dtype)
+    check(queries, contexts, segments, projected)
+    reason = supported(queries.shape[1], contexts[0].keys.shape[1], queries.shape[2], queries.dtype)
     if reason:
         raise ValueError(reason)
     if platform() == "metal":
-        return metal.launch(queries, keys, values, tail, position, projected)
-    group = heads // kv_heads
-    splits = (capacity + TAIL - 1) // _SPLIT + 1
-    kind = CUDA_TYPES[queries.dtype]
-    scale = HEAD_DIM**-0.5
+        return metal.launch(queries, contexts, segments, projected)
+    return mx.concatenate(
+        [
+            _launch(queries[some.rows], contexts[some.own], some.segments, projected[some.rows])
+            for some in segments.launches()
+        ]
+    )
+
+
+def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> mx.array:
+    """The two launches for sequences that one takes; spare inputs of its size repeat those of the first."""
+    rows, heads, _ = queries.shape
+    kv_heads = contexts[0].keys.shape[1]
+    group, size = heads // kv_heads, launch_size(len(contexts))
+    splits = _split_of(max(context.keys.shape[2] for context in contexts) + TAIL - 1) + 1
+    tiles = next(most for most in _TILES if most * 8 >= max(segments.counts) * group)
+    kind, scale = CUDA_TYPES[queries.dtype], HEAD_DIM**-0.5 * math.log2(math.e)
+    keys, values, tail, position = (of_sequence(name, size) for name in _OF_CONTEXT)
+    positions = padded([context.position for context in contexts], size)
     partial = cuda_launch(
         "few_row_attention",
         __file__,
         f"""
-  extern __shared__ __align__(16) float smem[];
-  few_row_attention::partial<{kind}, {group}, {TAIL}>(queries, keys, values, tail, position, parts,
-      reinterpret_cast<float2*>(stats), queries_shape[0], {kv_heads}, keys_shape[2], {scale!r}f, smem);
+  extern __shared__ __align__(128) unsigned char smem[];
+  const int sequence = blockIdx.y, row = starts[sequence];
+  few_row_attention::partial<{kind}, {group}, {TAIL}, {tiles}>(queries, {keys}, {values}, {tail}, {position}, parts,
+      reinterpret_cast<float2*>(stats), row, starts[sequence + 1] - row, queries_shape[0], {kv_heads},
+      {of_sequence("keys{}_shape[2]", size)}, {scale!r}f, smem);
 """,
-        ("queries", "keys", "values", "tail", "position"),
+        (
+            "queries",
+            "starts",
+            *(name for kind in ("keys", "values", "tail", "position") for name in numbered(kind, size)),
+        ),
         ("parts", "stats"),
-        shared_memory=MAX_QUERIES * (HEAD_DIM + _SPLIT) * 4,
+        shared_memory=_shared_bytes(tiles),
+        threads=_THREADS,
     )
     parts, stats = partial(
-        inputs=[queries, keys, values, tail, position],
+        inputs=[
+            queries,
+            segments.starts,
+            *padded([context.keys for context in contexts], size),
+            *padded([context.values for context in contexts], size),
+            *padded([context.tail for context in contexts], size),
+            *positions,
+        ],
         output_shapes=[(splits, kv_heads, rows * group, HEAD_DIM), (splits, kv_heads, rows * group, 2)],
         output_dtypes=[mx.float32, mx.float32],
-        grid=(splits * _THREADS, kv_heads, 1),
+        grid=(splits * kv_heads * _THREADS, len(contexts), 1),
         threadgroup=(_THREADS, 1, 1),
     )
     join = cuda_launch(
         "few_row_attention_join",
         __file__,
         f"""
-  few_row_attention::join<{kind}, {group}>(parts, reinterpret_cast<const float2*>(stats), projected, position, y,
-      projected_shape[0], {kv_heads});
+  const int m = blockIdx.x / {heads * HEAD_DIM // _JOIN_DIM};
+  int sequence = 0;
+  while (m >= starts[sequence + 1]) ++sequence;
+  few_row_attention::join<{kind}, {group}>(parts, reinterpret_cast<const float2*>(stats), projected, y,
+      ({position})[1] + m - starts[sequence], projected_shape[0], {kv_heads});
 """,
-        ("parts", "stats", "projected", "position"),
+        ("parts", "stats", "projected", "starts", *numbered("position", size)),
         ("y",),
+        threads=_JOIN_THREADS,
     )
     (y,) = join(
-        inputs=[parts, stats, projected, position],
+        inputs=[parts, stats, projected, segments.starts, *positions],
         output_shapes=[(rows, heads * HEAD_DIM)],
         output_dtypes=[queries.dtype],
-        grid=(rows * heads * _JOIN_THREADS, 1, 1),
+        grid=(rows * heads * HEAD_DIM // _JOIN_DIM * _JOIN_THREADS, 1, 1),
         threadgroup=(_JOIN_THREADS, 1, 1),
     )
     return y
+
+
+def _split_of(position: int) -> int:
+    """The split that a position lies in, as in the kernel."""
+    return position // _SHORT if position < _NEAR else _NEAR // _SHORT + (position - _NEAR) // _LONG
+
+
+def _shared_bytes(tiles: int) -> int:
+    """Shared memory of a block: queries, a tile of keys and one of values, weights, and what warps tell each other."""
+    columns = tiles * 8
+    return (columns * (HEAD_DIM + _TILE) + 2 * _TILE * HEAD_DIM) * 2 + (_THREADS // 32 + 1) * columns * 4

@@ -1,199 +1,362 @@
-// Attention of few rows over a KV cache in two parts: a long buffer below position[0], a short tail from there on.
+// Attention of few rows of several sequences, each over its KV cache in two parts: a long buffer below position[0], a
+// short tail from there on.
 //
-// Grouped queries share one read of the keys and values. The context is split at fixed multiples of 64 positions, each
-// split reduced alone and the splits then joined in order, so a row's result depends on its own position only.
+// The context is split at fixed positions, each split reduced alone and the splits then joined in order, so a row's result
+// depends on its own sequence and position only. On the tensor cores keys, and then dimensions of values, are the side of
+// 16; the query heads of a KV head times the rows are the side of 8, where every column is computed apart from the others.
 namespace few_row_attention {
 
 constexpr int kDim = 256;
-constexpr int kSplit = 64;      // positions of one block
-constexpr int kThreads = 256;
-constexpr int kNode = 16, kNodes = 4;  // splits that are joined first, and how many such nodes at once
-constexpr int kJoinThreads = kNodes * kDim;
+constexpr int kTile = 64;      // positions that are loaded and reduced together
+constexpr int kThreads = 128;  // a warp takes 16 positions of the scores, then 64 dimensions of the weighted sums
+constexpr int kWarps = kThreads / 32;
+// Splits are short where a short context needs many of them, and long where a long one would join too many.
+constexpr int kNear = 1024;
+constexpr int kShort = 64, kLong = 256;
+constexpr int kJoinWays = 16;  // splits joined side by side
+constexpr int kJoinDim = 128;  // dimensions that a block joins
+constexpr int kJoinThreads = kJoinWays * kJoinDim / 4;
 #define kNone __int_as_float(0xff800000)  // minus infinity: no position seen
 
-template <typename T>
-__device__ __forceinline__ const T* cache_row(const T* main, const T* tail, int base, int capacity, int tail_rows,
-                                              int head, int position) {
-  if (position < base) return main + (static_cast<size_t>(head) * capacity + position) * kDim;
-  return tail + (static_cast<size_t>(head) * tail_rows + position - base) * kDim;
+__device__ __forceinline__ int split_of(int position) {
+  return position < kNear ? position / kShort : kNear / kShort + (position - kNear) / kLong;
 }
 
+__device__ __forceinline__ int split_start(int split) {
+  return split < kNear / kShort ? split * kShort : kNear + (split - kNear / kShort) * kLong;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes, or zeros where nothing is present.
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool present) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(target)), "l"(source),
+               "r"(present ? 16 : 0));
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }
+
+// Until at most the newest group of copies is on its way.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 1;\n" ::: "memory"); }
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(unsigned (&r)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                         const __nv_bfloat16*) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                         const __half*) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// One sequence: its cache of one KV head, and where its rows are.
 template <typename T>
-struct alignas(16) Eight {
-  T v[8];
+struct Sequence {
+  const T *keys, *values, *key_tail, *value_tail;
+  int base, first, rows;
 };
 
+// Rows of shared memory hold 8 values to a chunk; row r keeps chunk c at c ^ (r % 8), so that 8 rows' chunks of one
+// number lie in different banks.
 template <typename T>
-struct alignas(2 * sizeof(T)) Two {
-  T v[2];
-};
+__device__ __forceinline__ void copy_tile(T* target, const T* main, const T* tail, int base, int at, int length) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kTile / kWarps; ++i) {
+    const int row = i * kWarps + warp, position = at + row;
+    const bool present = position < length;
+    const T* source = position < base ? main + static_cast<size_t>(position) * kDim
+                                      : tail + (present ? position - base : 0) * kDim;
+    copy_async(target + row * kDim + (lane ^ (row & 7)) * 8, source + lane * 8, present);
+  }
+}
 
-template <typename T, int GROUP, int TAIL>
+// Weighted sums, highest scores and sums of weights of one split, for up to TILES * 8 columns.
+template <typename T, int GROUP, int TILES>
+__device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, int query_stride, int start, int end,
+                                       float* out, float2* stats, float scale, unsigned char* smem) {
+  constexpr int kColumns = TILES * 8;
+  T* query = reinterpret_cast<T*>(smem);   // [kColumns][kDim]
+  T* key = query + kColumns * kDim;        // [kTile][kDim]
+  T* value = key + kTile * kDim;           // [kTile][kDim]
+  T* weight = value + kTile * kDim;        // [kColumns][kTile]
+  float* exchange = reinterpret_cast<float*>(weight + kColumns * kTile);  // [5][kColumns]
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, swap = lane & 7;
+  const int count = s.rows * GROUP, length = s.first + s.rows;
+
+#pragma unroll
+  for (int i = 0; i < kColumns / kWarps; ++i) {
+    const int n = i * kWarps + warp;
+    const bool present = n < count;
+    const T* source = queries + (present ? n / GROUP * query_stride + n % GROUP * kDim : 0);
+    copy_async(query + n * kDim + (lane ^ (n & 7)) * 8, source + lane * 8, present);
+  }
+  copy_tile(key, s.keys, s.key_tail, s.base, start, length);
+  commit_copies();
+  copy_tile(value, s.values, s.value_tail, s.base, start, length);
+  commit_copies();
+
+  // Addresses of a lane's matrices: chunks 8 apart are `kEight` bytes apart, those between are swapped.
+  constexpr unsigned kRow = kDim * sizeof(T), kEight = 64 * sizeof(T), kChunk = 8 * sizeof(T);
+  unsigned key_at[4], query_at[2], value_at[4], weight_at[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    key_at[i] = shared_address(key) + (warp * 16 + (lane & 15)) * kRow + ((i * 2 + (lane >> 4)) ^ swap) * kChunk;
+    value_at[i] = shared_address(value) + ((lane >> 4) * 8 + swap) * kRow + warp * kEight +
+                  ((i * 2 + (lane >> 3 & 1)) ^ swap) * kChunk;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    query_at[i] = shared_address(query) + swap * kRow + ((i * 4 + (lane >> 3)) ^ swap) * kChunk;
+    weight_at[i] = shared_address(weight) + swap * kEight + ((i * 4 + (lane >> 3)) ^ swap) * kChunk;
+  }
+
+  // A lane has columns tile * 8 + lane % 4 * 2 + {0, 1} throughout, of scores as of weighted sums.
+  float total[4][TILES][4] = {}, top[TILES][2], sum[TILES][2] = {};
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) top[n][0] = top[n][1] = kNone;
+
+  for (int at = start; at < end; at += kTile) {
+    wait_for_copies();
+    __syncthreads();
+    // Scores [16 positions of this warp, columns]: even and odd steps of 16 dimensions apart, then together.
+    float score[TILES][4];
+    constexpr int kTogether = TILES <= 3 ? TILES : 2;
+#pragma unroll
+    for (int group = 0; group < TILES / kTogether; ++group) {
+      float even[kTogether][4] = {}, odd[kTogether][4] = {};
+#pragma unroll
+      for (int pair = 0; pair < kDim / 32; ++pair) {
+        unsigned a[4], b[4];
+        load_matrices(a, key_at[pair % 2 * 2] + pair / 2 * kEight);
+        load_matrices(b, key_at[pair % 2 * 2 + 1] + pair / 2 * kEight);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+          unsigned q[4];
+          load_matrices(q, query_at[pair % 2] + (group * kTogether + n) * 8 * kRow + pair / 2 * kEight);
+          multiply(even[n], a, q[0], q[1], query);
+          multiply(odd[n], b, q[2], q[3], query);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          score[group * kTogether + n][i] = __fmul_rn(__fadd_rn(even[n][i], odd[n][i]), scale);
+    }
+    if (at + kTile - 1 > s.first) {
+#pragma unroll
+      for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int position = at + warp * 16 + (lane >> 2) + (i >> 1) * 8;
+          const int column = n * 8 + (lane & 3) * 2 + (i & 1);
+          if (position > s.first + column / GROUP) score[n][i] = kNone;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float highest = fmaxf(score[n][j], score[n][j + 2]);
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, d));
+        if (lane < 4) exchange[warp * kColumns + n * 8 + lane * 2 + j] = highest;
+      }
+    __syncthreads();
+    if (at + kTile < end) copy_tile(key, s.keys, s.key_tail, s.base, at + kTile, length);
+    commit_copies();
+
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = n * 8 + (lane & 3) * 2 + j;
+        float highest = top[n][j];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, exchange[w * kColumns + column]);
+        const float above = highest == kNone ? 0.0f : highest;  // no position of this row yet: all weights are 0
+        const float factor = power_of_two(__fadd_rn(top[n][j], -above));
+        top[n][j] = highest;
+        // What is added up is what is multiplied: weights as rounded to T.
+        const T low = static_cast<T>(power_of_two(__fadd_rn(score[n][j], -above)));
+        const T high = static_cast<T>(power_of_two(__fadd_rn(score[n][j + 2], -above)));
+        sum[n][j] = __fmaf_rn(sum[n][j], factor, __fadd_rn(static_cast<float>(low), static_cast<float>(high)));
+        T* place = weight + column * kTile + (lane >> 2);
+        place[((warp * 2) ^ (column & 7)) * 8] = low;
+        place[((warp * 2 + 1) ^ (column & 7)) * 8] = high;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          total[m][n][j] = __fmul_rn(total[m][n][j], factor);
+          total[m][n][j + 2] = __fmul_rn(total[m][n][j + 2], factor);
+        }
+      }
+    wait_for_copies();
+    __syncthreads();
+    // Weighted sums [64 dimensions of this warp, columns].
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned w[TILES][4];
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) load_matrices(w[n], weight_at[half] + n * 8 * kEight);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          unsigned v[4];
+          load_transposed(v, value_at[m] + (half * 32 + step * 16) * kRow);
+#pragma unroll
+          for (int n = 0; n < TILES; ++n) multiply(total[m][n], v, w[n][step * 2], w[n][step * 2 + 1], query);
+        }
+      }
+    }
+    __syncthreads();
+    if (at + kTile < end) copy_tile(value, s.values, s.value_tail, s.base, at + kTile, length);
+    commit_copies();
+  }
+
+#pragma unroll
+  for (int n = 0; n < TILES; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int column = n * 8 + (lane & 3) * 2 + j;
+      float whole = sum[n][j];
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) whole = __fadd_rn(whole, __shfl_xor_sync(0xffffffffu, whole, d));
+      if (lane < 4) exchange[warp * kColumns + column] = whole;
+      if (warp == 0 && lane < 4) exchange[kWarps * kColumns + column] = top[n][j];
+      if (column < count) {
+        float* place = out + static_cast<size_t>(column) * kDim + warp * 64 + (lane >> 2);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          place[m * 16] = total[m][n][j];
+          place[m * 16 + 8] = total[m][n][j + 2];
+        }
+      }
+    }
+  __syncthreads();
+  for (int n = threadIdx.x; n < count; n += kThreads) {
+    float whole = exchange[n];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) whole = __fadd_rn(whole, exchange[w * kColumns + n]);
+    stats[n] = make_float2(exchange[kWarps * kColumns + n], whole);
+  }
+}
+
+// A block reduces one split of one KV head of one sequence, the last splits first: those are long. `all_rows` are those
+// of all sequences, `row` the first of this one.
+template <typename T, int GROUP, int TAIL, int MOST>
 __device__ __forceinline__ void partial(const T* queries, const T* keys, const T* values, const T* tail,
-                                        const int* position, float* out, float2* stats, int rows, int kv_heads,
-                                        int capacity, float scale, float* smem) {
-  const int split = blockIdx.x, head = blockIdx.y;
-  const int base = position[0], first = position[1];
-  const int start = split * kSplit, length = first + rows;
-  if (start >= length) return;
-  const int count = rows * GROUP;
-  float* query = smem;                      // [count][2][32][4]: low and high half of each vector of 8
-  float* weight = smem + count * kDim;      // [count][kSplit]
-  const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
-
-  // All loads start before anything waits. Scores: eight lanes share a key and every thread has two keys; values: a
-  // thread has two dimensions of half of the keys.
-  const int part = t & 7, half = t >> 7, pair = t & 127;
-  Eight<T> key[2][4];
-  Two<T> value[kSplit / 2];
-  const T* value_tail = tail + static_cast<size_t>(kv_heads) * TAIL * kDim;
-#pragma unroll
-  for (int pass = 0; pass < 2; ++pass) {
-    const int at = min(start + pass * 32 + (t >> 3), length - 1);
-    const T* row = cache_row(keys, tail, base, capacity, TAIL, head, at);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) key[pass][j] = *reinterpret_cast<const Eight<T>*>(row + (j * 8 + part) * 8);
-  }
-#pragma unroll
-  for (int i = 0; i < kSplit / 2; ++i) {
-    const int at = min(start + half * (kSplit / 2) + i, length - 1);
-    value[i] = reinterpret_cast<const Two<T>*>(cache_row(values, value_tail, base, capacity, TAIL, head, at))[pair];
-  }
-  for (int i = t; i < count * 32; i += kThreads) {
-    const int n = i >> 5, unit = i & 31, m = n / GROUP;
-    const Eight<T> raw = *reinterpret_cast<const Eight<T>*>(
-        queries + (static_cast<size_t>(m) * kv_heads * GROUP + head * GROUP + n % GROUP) * kDim + unit * 8);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) query[n * kDim + ((j >> 2) * 32 + unit) * 4 + (j & 3)] = static_cast<float>(raw.v[j]);
-  }
-  __syncthreads();
-
-#pragma unroll
-  for (int pass = 0; pass < 2; ++pass) {
-    const int local = pass * 32 + (t >> 3), at = start + local;
-    for (int n = 0; n < count; ++n) {
-      const float4* q = reinterpret_cast<const float4*>(query + n * kDim);
-      float a = 0.0f, b = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float4 lo = q[j * 8 + part], hi = q[32 + j * 8 + part];
-        const T* k = key[pass][j].v;
-        a = __fmaf_rn(lo.x, static_cast<float>(k[0]), a), b = __fmaf_rn(hi.x, static_cast<float>(k[4]), b);
-        a = __fmaf_rn(lo.y, static_cast<float>(k[1]), a), b = __fmaf_rn(hi.y, static_cast<float>(k[5]), b);
-        a = __fmaf_rn(lo.z, static_cast<float>(k[2]), a), b = __fmaf_rn(hi.z, static_cast<float>(k[6]), b);
-        a = __fmaf_rn(lo.w, static_cast<float>(k[3]), a), b = __fmaf_rn(hi.w, static_cast<float>(k[7]), b);
-      }
-      float score = __fadd_rn(a, b);
-      score += __shfl_xor_sync(0xffffffffu, score, 1);
-      score += __shfl_xor_sync(0xffffffffu, score, 2);
-      score += __shfl_xor_sync(0xffffffffu, score, 4);
-      if (part == 0) weight[n * kSplit + local] = at <= first + n / GROUP ? score * scale : kNone;
-    }
-  }
-  __syncthreads();
-
-  for (int n = warp; n < count; n += kThreads / 32) {
-    float* w = weight + n * kSplit;
-    const float a = w[lane], b = w[lane + 32];
-    float top = fmaxf(a, b);
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-    const float pa = top == kNone ? 0.0f : __expf(a - top), pb = top == kNone ? 0.0f : __expf(b - top);
-    float sum = pa + pb;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    w[lane] = pa, w[lane + 32] = pb;
-    if (lane == 0) stats[(static_cast<size_t>(split) * kv_heads + head) * count + n] = make_float2(top, sum);
-  }
-  __syncthreads();
-
-  // Weighted sums of the values: each half of the keys alone, then together through the space of the queries.
-  float* target = out + (static_cast<size_t>(split) * kv_heads + head) * count * kDim;
-  for (int n = 0; n < count; ++n) {
-    const float4* w = reinterpret_cast<const float4*>(weight + n * kSplit + half * (kSplit / 2));
-    float a = 0.0f, b = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kSplit / 8; ++j) {
-      const float4 u = w[j];
-      const float p[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a = __fmaf_rn(p[i], static_cast<float>(value[4 * j + i].v[0]), a);
-        b = __fmaf_rn(p[i], static_cast<float>(value[4 * j + i].v[1]), b);
-      }
-    }
-    float2* place = reinterpret_cast<float2*>(half ? query + n * kDim : target + n * kDim) + pair;
-    *place = make_float2(a, b);
-  }
-  __syncthreads();
-  if (half == 0) {
-    for (int n = 0; n < count; ++n) {
-      float2* place = reinterpret_cast<float2*>(target + n * kDim) + pair;
-      const float2 one = *place, other = reinterpret_cast<const float2*>(query + n * kDim)[pair];
-      *place = make_float2(__fadd_rn(one.x, other.x), __fadd_rn(one.y, other.y));
-    }
+                                        const int* position, float* out, float2* stats, int row, int rows, int all_rows,
+                                        int kv_heads, int capacity, float scale, unsigned char* smem) {
+  const int block = gridDim.x - 1 - blockIdx.x, split = block / kv_heads, head = block - split * kv_heads;
+  Sequence<T> s;
+  s.base = position[0], s.first = position[1], s.rows = rows;
+  const int start = split_start(split), end = min(split_start(split + 1), s.first + rows);
+  if (start >= end) return;
+  s.keys = keys + static_cast<size_t>(head) * capacity * kDim;
+  s.values = values + static_cast<size_t>(head) * capacity * kDim;
+  s.key_tail = tail + static_cast<size_t>(head) * TAIL * kDim;
+  s.value_tail = tail + static_cast<size_t>(kv_heads + head) * TAIL * kDim;
+  const int stride = kv_heads * GROUP * kDim;
+  const T* own = queries + static_cast<size_t>(row) * stride + head * GROUP * kDim;
+  const size_t place = (static_cast<size_t>(split) * kv_heads + head) * all_rows * GROUP + row * GROUP;
+  out += place * kDim, stats += place;
+  const int tiles = (rows * GROUP + 7) / 8;
+  if (tiles <= 1) {
+    reduce<T, GROUP, 1>(s, own, stride, start, end, out, stats, scale, smem);
+  } else if (MOST <= 3 || tiles <= 3) {
+    if constexpr (MOST >= 3) reduce<T, GROUP, 3>(s, own, stride, start, end, out, stats, scale, smem);
+  } else if (MOST <= 6 || tiles <= 6) {
+    if constexpr (MOST >= 6) reduce<T, GROUP, 6>(s, own, stride, start, end, out, stats, scale, smem);
+  } else {
+    if constexpr (MOST >= 8) reduce<T, GROUP, 8>(s, own, stride, start, end, out, stats, scale, smem);
   }
 }
 
-// Joins the splits of one head of one row and applies the sigmoid gate. Splits are added up in order within nodes of
-// kNode, and nodes in order. A quarter of the block takes a node, a thread one dimension of it.
+// Joins the splits of some dimensions of one head of one row, and applies the sigmoid gate. Every kJoinWays-th split is
+// added up in order, then those sums in order. A thread has 4 dimensions of one of the sums.
 template <typename T, int GROUP>
-__device__ __forceinline__ void join(const float* parts, const float2* stats, const T* projected, const int* position,
-                                     T* y, int rows, int kv_heads) {
-  __shared__ float node_total[kNodes][kDim], node_sum[kNodes], tops[kJoinThreads / 32];
-  const int heads = kv_heads * GROUP;
-  const int m = blockIdx.x / heads, h = blockIdx.x - m * heads, head = h / GROUP;
-  const int n = m * GROUP + h % GROUP, count = rows * GROUP;
-  const int splits = (position[1] + m) / kSplit + 1;
-  const int node = threadIdx.x / kDim, dim = threadIdx.x % kDim, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  auto place = [&](int split) { return (static_cast<size_t>(split) * kv_heads + head) * count + n; };
+__device__ __forceinline__ void join(const float* parts, const float2* stats, const T* projected, T* y, int position,
+                                     int rows, int kv_heads) {
+  __shared__ __align__(16) float way_total[kJoinWays][kJoinDim];
+  __shared__ float way_sum[kJoinWays];
+  constexpr int kAtOnce = 5;
+  const int heads = kv_heads * GROUP, block = blockIdx.x / (kDim / kJoinDim);
+  const int m = block / heads, h = block - m * heads, dims = blockIdx.x % (kDim / kJoinDim) * kJoinDim;
+  const int way = threadIdx.x / (kJoinDim / 4), quad = threadIdx.x % (kJoinDim / 4), lane = threadIdx.x & 31;
+  const int splits = split_of(position) + 1;
+  const size_t place = static_cast<size_t>(h / GROUP) * rows * GROUP + m * GROUP + h % GROUP;
+  const size_t stride = static_cast<size_t>(kv_heads) * rows * GROUP;
+  const float4* from = reinterpret_cast<const float4*>(parts + place * kDim + dims) + quad;
+  stats += place;
 
-  float top = kNone;
-  for (int s = threadIdx.x; s < splits; s += kJoinThreads) top = fmaxf(top, stats[place(s)].x);
+  float4 value[kAtOnce], total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float2 stat[kAtOnce];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int s = first + i * kJoinWays;
+      if (s < splits) stat[i] = stats[s * stride], value[i] = from[s * stride * (kDim / 4)];
+    }
+  };
+  load(way);  // on its way while the highest score is found
+  float top = kNone, sum = 0.0f;
+  for (int s = lane; s < splits; s += 32) top = fmaxf(top, stats[s * stride].x);
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-  if (lane == 0) tops[warp] = top;
-  __syncthreads();
-  top = tops[lane];
+  for (int first = way; first < splits; first += kAtOnce * kJoinWays) {
+    if (first != way) load(first);
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-
-  float sum = 0.0f, total = 0.0f;
-  for (int first = 0; first < splits; first += kNodes * kNode) {
-    const int start = first + node * kNode;
-    float own_sum = 0.0f, own_total = 0.0f;
-    if (start < splits) {
-      float value[kNode];
-      float2 stat[kNode];
-#pragma unroll
-      for (int i = 0; i < kNode; ++i) {
-        const size_t at = place(min(start + i, splits - 1));
-        stat[i] = stats[at], value[i] = parts[at * kDim + dim];
-      }
-#pragma unroll
-      for (int i = 0; i < kNode; ++i) {
-        const float factor = start + i < splits ? __expf(stat[i].x - top) : 0.0f;
-        own_sum = __fmaf_rn(factor, stat[i].y, own_sum);
-        own_total = __fmaf_rn(factor, value[i], own_total);
-      }
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kJoinWays >= splits) break;
+      const float factor = power_of_two(__fadd_rn(stat[i].x, -top));
+      sum = __fmaf_rn(factor, stat[i].y, sum);
+      total.x = __fmaf_rn(factor, value[i].x, total.x), total.y = __fmaf_rn(factor, value[i].y, total.y);
+      total.z = __fmaf_rn(factor, value[i].z, total.z), total.w = __fmaf_rn(factor, value[i].w, total.w);
     }
-    node_total[node][dim] = own_total;
-    if (dim == 0) node_sum[node] = own_sum;
-    __syncthreads();
-    if (node == 0) {
-#pragma unroll
-      for (int i = 0; i < kNodes; ++i) {
-        sum = __fadd_rn(sum, node_sum[i]);
-        total = __fadd_rn(total, node_total[i][dim]);
-      }
-    }
-    __syncthreads();
   }
-  if (node > 0) return;
-  const size_t stride = static_cast<size_t>(2 * heads + 2 * kv_heads) * kDim;
-  const float gate = static_cast<float>(projected[m * stride + (2 * h + 1) * kDim + dim]);
+  reinterpret_cast<float4*>(way_total[way])[quad] = total;
+  if (quad == 0) way_sum[way] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kJoinDim) return;
+  const int dim = dims + threadIdx.x;
+  float whole = way_total[0][threadIdx.x], weight = way_sum[0];
+#pragma unroll
+  for (int i = 1; i < kJoinWays; ++i) {
+    whole = __fadd_rn(whole, way_total[i][threadIdx.x]);
+    weight = __fadd_rn(weight, way_sum[i]);
+  }
+  const size_t width = static_cast<size_t>(2 * heads + 2 * kv_heads) * kDim;
+  const float gate = static_cast<float>(projected[m * width + (2 * h + 1) * kDim + dim]);
   y[(static_cast<size_t>(m) * heads + h) * kDim + dim] =
-      static_cast<T>(__fdiv_rn(total, sum) / (1.0f + __expf(-gate)));
+      static_cast<T>(__fdiv_rn(whole, weight) / (1.0f + __expf(-gate)));
 }
 
 }  // namespace few_row_attention

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from ..launch import METAL_TYPES, metal_launch, source_text
-from .reference import HEAD_DIM
+from ..segments import Segments
+from .reference import HEAD_DIM, Context
 
 _ROWS = 4
 """Most rows of a query head that a simdgroup takes."""
@@ -101,10 +104,14 @@ _JOIN = """
 """
 
 
-def launch(
-    queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
-) -> mx.array:
-    """Two launches; arguments are checked by the caller."""
+def launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> mx.array:
+    """Two launches a sequence, as a kernel has at most 31 buffers; arguments are checked by the caller."""
+    own = zip(segments.slices, contexts, strict=True)
+    return mx.concatenate([_alone(queries[part], context, projected[part]) for part, context in own])
+
+
+def _alone(queries: mx.array, context: Context, projected: mx.array) -> mx.array:
+    keys, values, tail, position = context.keys, context.values, context.tail, context.position
     rows, heads, _ = queries.shape
     tail_rows = tail.shape[2]
     splits = (keys.shape[2] + tail_rows - 1) // 64 + 1

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 from ..attention_inputs import TAIL
 from ..registry import CHECK_ROWS, Case, Run
-from . import VERSION, few_row_attention
+from ..segments import Segments
+from . import VERSION, Context, few_row_attention
 from .reference import HEAD_DIM, reference
 
 BASE = 250
+Sequences = list[tuple[int, int, int]]
+"""Sequences of a pass: where the tail begins, where the rows do, how many."""
 
 
 def case(heads: int, kv_heads: int, dtype: mx.Dtype, base: int = BASE) -> Case:
-    """A layer of these many heads, at a context that crosses splits and the border between buffer and tail.
+    """A layer of these many heads, at contexts that cross splits and the border between buffer and tail.
 
-    `base` is where the tail begins.
+    `base` is where the tail of one sequence of eight rows begins, and that of the longest of several.
     """
-    first, capacity = base + 37, base + 70
     keys_of = mx.random.split(mx.random.key(3), 5)
+    one = [(base, base + 37, CHECK_ROWS)]
+    several = [(70, 126, 3), (0, 0, 1), (base, base + 1, CHECK_ROWS - 4)]
 
-    def probe(run: Run, rows: int) -> list[mx.array]:
+    def pass_of(run: Run, rows: int, sequences: Sequences) -> mx.array:
+        """Rows of all sequences in one pass, or of each alone in passes of so many rows."""
+        capacity = base + 70
         shapes = [
             (CHECK_ROWS, heads, HEAD_DIM),
-            (1, kv_heads, capacity, HEAD_DIM),
-            (1, kv_heads, capacity, HEAD_DIM),
-            (2, kv_heads, TAIL, HEAD_DIM),
+            (len(sequences), 1, kv_heads, capacity, HEAD_DIM),
+            (len(sequences), 1, kv_heads, capacity, HEAD_DIM),
+            (len(sequences), 2, kv_heads, TAIL, HEAD_DIM),
             (CHECK_ROWS, 2 * (heads + kv_heads) * HEAD_DIM),
         ]
         q, k, v, tail, projected = (
             mx.random.normal(s, key=key).astype(dtype) for s, key in zip(shapes, keys_of, strict=True)
         )
-        outputs = [
-            run(q[i : i + rows], k, v, tail, mx.array([base, first + i], dtype=mx.int32), projected[i : i + rows])
-            for i in range(0, CHECK_ROWS, rows)
-        ]
-        return [mx.concatenate(outputs)]
+
+        def context(own: int, at: int) -> Context:
+            tail_base, first, _ = sequences[own]
+            return Context(k[own], v[own], tail[own], mx.array([tail_base, first + at], dtype=mx.int32))
+
+        segments = Segments.of(tuple(count for _, _, count in sequences))
+        if rows == CHECK_ROWS:
+            return cast(mx.array, run(q, [context(own, 0) for own in range(len(sequences))], segments, projected))
+        outputs = []
+        for own, part in enumerate(segments.slices):
+            for at in range(part.start, part.stop, rows):
+                some = slice(at, min(at + rows, part.stop))
+                alone = Segments.of((some.stop - some.start,))
+                outputs.append(run(q[some], [context(own, at - part.start)], alone, projected[some]))
+        return mx.concatenate(outputs)
 
     return Case(
         kernel="few_row_attention",
@@ -45,6 +63,6 @@ def case(heads: int, kv_heads: int, dtype: mx.Dtype, base: int = BASE) -> Case:
         launches={"cuda": few_row_attention, "metal": few_row_attention},
         reference=reference,
         fallback=reference,
-        probe=probe,
+        probe=lambda run, rows: [pass_of(run, rows, one), pass_of(run, rows, several)],
         unproved=frozenset({"metal"}),
     )

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from ..launch import host_ints
+from ..segments import Segments
 
 HEAD_DIM = 256
 
 
-def reference(
-    queries: mx.array, keys: mx.array, values: mx.array, tail: mx.array, position: mx.array, projected: mx.array
-) -> mx.array:
-    """The definition of right for `few_row_attention`; reads `position` back to the host."""
-    base, first = host_ints(position)
+@dataclass(frozen=True)
+class Context:
+    """What the rows of one sequence attend to.
+
+    Attributes:
+        keys, values: `[1, kv_heads, C, 256]`; positions below position[0] are read from them.
+        tail: `[2, kv_heads, 64, 256]`, keys and values from position[0] on, the new rows' included.
+        position: two int32: first position in the tail, position of the first row. May still be uncomputed.
+    """
+
+    keys: mx.array
+    values: mx.array
+    tail: mx.array
+    position: mx.array
+
+
+def reference(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> mx.array:
+    """The definition of right for `few_row_attention`; reads positions back to the host."""
+    own = zip(segments.slices, contexts, strict=True)
+    return mx.concatenate([_alone(queries[part], context, projected[part]) for part, context in own])
+
+
+def _alone(queries: mx.array, context: Context, projected: mx.array) -> mx.array:
+    base, first = host_ints(context.position)
+    keys, values, tail = context.keys, context.values, context.tail
     rows, heads, _ = queries.shape
     used = first - base + rows
     k = mx.concatenate([keys[0, :, :base], tail[0, :, :used]], axis=1).astype(mx.float32)

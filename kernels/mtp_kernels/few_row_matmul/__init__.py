@@ -18,7 +18,9 @@ from .reference import Matrix, reference, stock
 __all__ = ["MAX_ROWS", "VERSION", "Matrix", "counters", "few_row_matmul", "reference", "stock", "supported"]
 
 MAX_ROWS = 32
-VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "plan.py", "kernel.metal", "metal.py")))
+COMMON = ("tensor_core.cuh",)
+_SOURCES = ("../tensor_core.cuh", "kernel.cu", "plan.py", "kernel.metal", "metal.py")
+VERSION = version_of(*(source_text(__file__, name) for name in _SOURCES))
 
 
 def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = False) -> str | None:
@@ -148,7 +150,7 @@ def _launch(
       {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
       {eps!r}f, smem).run({"const_cast<unsigned*>(work)" if work is not None else "nullptr"});
 """
-    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES, THREADS)
+    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES, THREADS, COMMON)
     features = first.features if swiglu else sum(m.features for m in matrices)
     tiles = sum(-(-m.features // TILE_FEATURES) for m in (matrices[:1] if swiglu else matrices))
     blocks = min(multiprocessors(), tiles)

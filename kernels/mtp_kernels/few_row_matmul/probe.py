@@ -14,7 +14,13 @@ from .variants import form, variant_for
 
 
 def case(
-    matrices: Sequence[Matrix], dtype: mx.Dtype, *, norm: bool = False, swiglu: bool = False, residual: bool = False
+    matrices: Sequence[Matrix],
+    dtype: mx.Dtype,
+    *,
+    norm: bool = False,
+    swiglu: bool = False,
+    residual: bool = False,
+    out_dtype: mx.Dtype | None = None,
 ) -> Case:
     """These weights with this fusion; the checks read the weights given.
 
@@ -35,6 +41,7 @@ def case(
                 norm_weight=weight,
                 residual=None if added is None else added[i : i + rows],
                 swiglu=swiglu,
+                out_dtype=out_dtype,
                 work=counters(1)[0] if rows == CHECK_ROWS else None,
             )
             for i in range(0, CHECK_ROWS, rows)
@@ -46,7 +53,7 @@ def case(
     return Case(
         kernel="few_row_matmul",
         version=VERSION + variant,
-        shape=form(matrices, **fusion),
+        shape=form(matrices, **fusion) + (f" to {out_dtype}".replace("mlx.core.", "") if out_dtype else ""),
         dtype=dtype,
         launches={"cuda": few_row_matmul, "metal": few_row_matmul},
         reference=reference,

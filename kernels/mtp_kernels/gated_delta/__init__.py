@@ -1,8 +1,9 @@
 """Gated DeltaNet for decode and verify: convolution, silu, q/k norm, recurrence and gated norm in one launch.
 
-A pass never writes the state that follows its own rows: it hands those rows (the projections) on as `pending`, and the
+A pass never writes the state that follows its own rows: it hands those rows (the projections) on as a tape, and the
 next pass first replays as many of them as were kept. So a rejection costs nothing, how many rows were kept may be known
-on the device alone, and the state is read and written once a pass.
+on the device alone, and the state is read and written once a pass. States of sequences that decode together lie in one
+array, so that a launch has the same few arguments however many there are.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
+from ..segments import Segments
 from . import metal
-from .reference import HEAD_DIM, DeltaState, DeltaWeights, reference
+from .reference import HEAD_DIM, TAPE, DeltaState, DeltaWeights, reference
 
-__all__ = ["HEAD_DIM", "VERSION", "DeltaState", "DeltaWeights", "gated_delta", "reference", "supported"]
+__all__ = ["HEAD_DIM", "TAPE", "VERSION", "DeltaState", "DeltaWeights", "gated_delta", "reference", "supported"]
 
 _THREADS = 512
 VERSION = version_of(*(source_text(__file__, name) for name in ("kernel.cu", "kernel.metal", "metal.py")))
@@ -30,61 +32,76 @@ def supported(weights: DeltaWeights, dtype: mx.Dtype) -> str | None:
     return None
 
 
-def check(fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights) -> None:
+def check(fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, segments: Segments) -> None:
     """Raises ValueError when shapes or dtypes do not fit together."""
-    if fresh.ndim != 2 or fresh.shape[1] != weights.width or fresh.shape[0] < 1:
-        raise ValueError(f"fresh is {fresh.shape}, expected [M >= 1, {weights.width}]")
-    if state.pending.ndim != 2 or state.pending.shape[1] != weights.width or state.pending.shape[0] < 1:
-        raise ValueError(f"pending is {state.pending.shape}, expected [P >= 1, {weights.width}]")
-    if state.recurrent.shape != (weights.value_heads, HEAD_DIM, HEAD_DIM) or state.recurrent.dtype != mx.float32:
-        raise ValueError(f"recurrent is {state.recurrent.shape} {state.recurrent.dtype}")
-    if state.window.shape != (3, weights.channels):
-        raise ValueError(f"window is {state.window.shape}, expected {(3, weights.channels)}")
-    if keep.size != 1 or keep.dtype != mx.int32:
-        raise ValueError("keep must be one int32")
+    count = len(segments.counts)
+    if min(segments.counts, default=0) < 1:
+        raise ValueError(f"sequences of {segments.counts} rows: each has at least one")
+    if fresh.shape != (sum(segments.counts), weights.width):
+        raise ValueError(f"fresh is {fresh.shape}, expected {(sum(segments.counts), weights.width)}")
+    if state.tape.shape != (count, TAPE, weights.width):
+        raise ValueError(f"tape is {state.tape.shape}, expected {(count, TAPE, weights.width)}")
+    recurrent = (count, weights.value_heads, HEAD_DIM, HEAD_DIM)
+    if state.recurrent.shape != recurrent or state.recurrent.dtype != mx.float32:
+        raise ValueError(f"recurrent is {state.recurrent.shape} {state.recurrent.dtype}, expected {recurrent} float32")
+    if state.window.shape != (count, 3, weights.channels):
+        raise ValueError(f"window is {state.window.shape}, expected {(count, 3, weights.channels)}")
+    if keep.shape != (count,) or keep.dtype != mx.int32:
+        raise ValueError(f"keep is {keep.shape} {keep.dtype}, expected {(count,)} int32")
 
 
 def gated_delta(
-    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Replays `keep` rows of the last pass, then runs this pass's rows.
+    fresh: mx.array,
+    state: DeltaState,
+    keep: mx.array,
+    weights: DeltaWeights,
+    segments: Segments,
+    *,
+    settle: bool = False,
+) -> tuple[mx.array, DeltaState]:
+    """Replays each sequence's first `keep` rows of the last pass, then runs this pass's rows.
 
     Args:
-        fresh: `[M, width]` projections of this pass, columns q | k | v | z | b | a.
-        state: the sequence before its pending rows.
-        keep: one int32, how many of the pending rows were accepted (0..P); may still be uncomputed.
+        fresh: `[N, width]` projections of this pass, columns q | k | v | z | b | a.
+        state: of the sequences, before the rows on their tapes.
+        keep: `[S]` int32, how many rows of each tape were accepted (0..8); may still be uncomputed.
         weights: the layer's tensors; `conv`, `dt_bias` and `norm` in fresh's dtype.
-        settle: return the state after all rows (prefill) instead of after the kept rows.
+        segments: which rows are whose; at most 8 each unless `settle`.
+        settle: return the state after all rows (prefill) instead of after the kept rows, with a tape that holds none.
 
     Returns:
-        Output rows `[M, Hv * 128]`, gated and normed, ready for the output projection; the recurrent state after the
-        kept rows; the convolution window after the kept rows. Pair the last two with `fresh` for the next state.
+        Output rows `[N, Hv * 128]`, gated and normed, ready for the output projection; the state after the kept rows,
+        this pass's rows on its tapes. What a tape holds behind a sequence's rows is undefined.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
     """
-    check(fresh, state, keep, weights)
+    check(fresh, state, keep, weights, segments)
     reason = supported(weights, fresh.dtype)
     if reason:
         raise ValueError(reason)
+    if not settle and max(segments.counts) > TAPE:
+        raise ValueError(f"sequences of {segments.counts} rows: a tape holds {TAPE}")
     if platform() == "metal":
-        return metal.launch(fresh, state, keep, weights, settle)
+        return metal.launch(fresh, state, keep, weights, segments, settle)
     body = f"""
-  gated_delta::run<{CUDA_TYPES[fresh.dtype]}, {str(settle).lower()}>(fresh, kept, keep, window, state,
-      conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, fresh_shape[0],
+  gated_delta::run<{CUDA_TYPES[fresh.dtype]}, {str(settle).lower()}>(fresh, starts, tape, keep, window, state,
+      conv_weight, a_log, dt_bias, norm_weight, y, state_out, window_out, {"nullptr" if settle else "tape_out"},
       {weights.value_heads}, {weights.key_heads}, {weights.eps!r}f);
 """
     kernel = cuda_launch(
         "gated_delta",
         __file__,
         body,
-        ("fresh", "kept", "keep", "window", "state", "conv_weight", "a_log", "dt_bias", "norm_weight"),
-        ("y", "state_out", "window_out"),
+        ("fresh", "starts", "tape", "keep", "window", "state", "conv_weight", "a_log", "dt_bias", "norm_weight"),
+        ("y", "state_out", "window_out", *(() if settle else ("tape_out",))),
     )
-    y, recurrent, window = kernel(
+    kept = [] if settle else [state.tape]
+    y, recurrent, window, *tape = kernel(
         inputs=[
             fresh,
-            state.pending,
+            segments.starts,
+            state.tape,
             keep,
             state.window,
             state.recurrent,
@@ -93,9 +110,12 @@ def gated_delta(
             weights.dt_bias,
             weights.norm,
         ],
-        output_shapes=[(fresh.shape[0], weights.value_heads * HEAD_DIM), state.recurrent.shape, state.window.shape],
-        output_dtypes=[fresh.dtype, mx.float32, state.window.dtype],
-        grid=(weights.value_heads * _THREADS, 1, 1),
+        output_shapes=[
+            (fresh.shape[0], weights.value_heads * HEAD_DIM),
+            *(array.shape for array in (state.recurrent, state.window, *kept)),
+        ],
+        output_dtypes=[fresh.dtype, mx.float32, *(array.dtype for array in (state.window, *kept))],
+        grid=(weights.value_heads * _THREADS, keep.size, 1),
         threadgroup=(_THREADS, 1, 1),
     )
-    return y, recurrent, window
+    return y, DeltaState(recurrent, window, tape[0] if tape else state.tape)

@@ -1,6 +1,7 @@
-// Gated DeltaNet over few rows: replay of the kept rows of the last pass, then this pass's rows, in one launch.
+// Gated DeltaNet over few rows of several sequences: replay of the kept rows of the last pass, then this pass's rows, in
+// one launch.
 //
-// One block per value head; four lanes own one value row of the state, 32 key columns each, in registers. Rows come in
+// One block per value head and sequence; four lanes own one value row of the state, 32 key columns each, in registers. Rows come in
 // chunks: convolution and norms of a chunk side by side, then the recurrence row by row. Kept and new rows go through
 // the same code, so a state reached by replay has the bits of one reached row by row.
 namespace gated_delta {
@@ -9,6 +10,7 @@ constexpr int kThreads = 512;
 constexpr int kDim = 128;      // key and value head width
 constexpr int kTaps = 4;       // convolution taps
 constexpr int kChunk = 16;     // rows
+constexpr int kTape = 8;       // rows of a sequence that a pass may leave to the next one
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
 
@@ -27,7 +29,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 template <typename T>
 struct Rows {
   const T* window;   // [kTaps - 1, channels], the projections before `kept`
-  const T* kept;     // [kept rows, stride], the last pass's projections
+  const T* kept;     // [kept rows, stride], the last pass's projections: the tape
   const T* fresh;    // [rows, stride]
   int channels, stride, kept_rows;
 
@@ -149,41 +151,65 @@ __device__ __forceinline__ void gate_row(const float* output, Four<T> gate, Four
   *reinterpret_cast<Four<T>*>(target + lane * 4) = row;
 }
 
-// The whole launch. State and window are written after the kept rows, or with SETTLE after all rows.
+// A head's columns of the new rows, for the next pass.
+template <typename T>
+__device__ __forceinline__ void write_tape(const Rows<T>& rows, const int (&channel_of)[3], int head, bool leads,
+                                           int z_at, int b_at, int a_at, int new_rows, T* tape) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int item = warp; item < new_rows * 4; item += kThreads / 32) {
+    const int t = item >> 2, part = item & 3;
+    if (part < 2 && !leads) continue;
+    const size_t at = static_cast<size_t>(t) * rows.stride + (part < 3 ? channel_of[part] : z_at + head * kDim) + lane * 4;
+    *reinterpret_cast<Four<T>*>(tape + at) = *reinterpret_cast<const Four<T>*>(rows.fresh + at);
+  }
+  if (threadIdx.x < new_rows) {
+    const size_t at = static_cast<size_t>(threadIdx.x) * rows.stride + head;
+    tape[at + b_at] = rows.fresh[at + b_at];
+    tape[at + a_at] = rows.fresh[at + a_at];
+  }
+}
+
+// The whole launch, one sequence to a blockIdx.y. State and window are written after the kept rows, or with SETTLE after
+// all rows; without it the new rows go to the tape that the next pass replays.
 template <typename T, bool SETTLE>
-__device__ __forceinline__ void run(const T* fresh, const T* kept, const int* keep, const T* window, const float* state,
-                                    const T* conv_weight, const float* a_log, const T* dt_bias, const T* norm_weight,
-                                    T* y, float* state_out, T* window_out, int new_rows, int value_heads, int key_heads,
-                                    float eps) {
+__device__ __forceinline__ void run(const T* fresh, const int* starts, const T* tape, const int* keep, const T* window,
+                                    const float* state, const T* conv_weight, const float* a_log, const T* dt_bias,
+                                    const T* norm_weight, T* y, float* state_out, T* window_out, T* tape_out,
+                                    int value_heads, int key_heads, float eps) {
   __shared__ __align__(16) float qkv[kChunk][3][kDim];
   __shared__ float decay[kChunk], beta[kChunk];
   __shared__ __align__(16) float outputs[kChunk][kDim];
-  const int head = blockIdx.x, per_key = value_heads / key_heads, key_head = head / per_key;
+  const int head = blockIdx.x, sequence = blockIdx.y, per_key = value_heads / key_heads, key_head = head / per_key;
   const int key_width = key_heads * kDim, value_width = value_heads * kDim;
   const int channels = 2 * key_width + value_width;
   const int z_at = channels, b_at = z_at + value_width, a_at = b_at + value_heads, stride = a_at + value_heads;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int value_row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
+  const size_t own_tape = static_cast<size_t>(sequence) * kTape * stride;
+  const size_t own_window = static_cast<size_t>(sequence) * (kTaps - 1) * channels;
 
   float4 s[8];
-  const size_t own = (static_cast<size_t>(head) * kDim + value_row) * kDim;
+  const size_t own = ((static_cast<size_t>(sequence) * value_heads + head) * kDim + value_row) * kDim;
 #pragma unroll
   for (int j = 0; j < 8; ++j) s[j] = reinterpret_cast<const float4*>(state + own)[j * 4 + quarter];
   const Four<T> norm = *reinterpret_cast<const Four<T>*>(norm_weight + lane * 4);
-  const int kept_rows = keep[0], total = kept_rows + new_rows, settle = SETTLE ? total : kept_rows;
-  const Rows<T> rows{window, kept, fresh, channels, stride, kept_rows};
+  const int first = starts[sequence], new_rows = starts[sequence + 1] - first;
+  const int kept_rows = keep[sequence], total = kept_rows + new_rows, settle = SETTLE ? total : kept_rows;
+  const Rows<T> rows{window + own_window, tape + own_tape, fresh + static_cast<size_t>(first) * stride,
+                     channels, stride, kept_rows};
   const int channel_of[3] = {key_head * kDim, key_width + key_head * kDim, 2 * key_width + head * kDim};
+  const bool leads = head % per_key == 0;  // key channels are shared by `per_key` heads, the first of which writes them
   auto write_state = [&]() {
 #pragma unroll
     for (int j = 0; j < 8; ++j) reinterpret_cast<float4*>(state_out + own)[j * 4 + quarter] = s[j];
   };
 
-  // Key channels are shared by `per_key` heads, the first of which writes their window.
   for (int i = threadIdx.x; i < (kTaps - 1) * 3 * kDim; i += kThreads) {
     const int tap = i / (3 * kDim), part = (i / kDim) % 3, channel = channel_of[part] + i % kDim;
-    if (part == 2 || head % per_key == 0)
-      window_out[static_cast<size_t>(tap) * channels + channel] = rows.at(settle + tap)[channel];
+    if (part == 2 || leads)
+      window_out[own_window + static_cast<size_t>(tap) * channels + channel] = rows.at(settle + tap)[channel];
   }
+  if (!SETTLE) write_tape(rows, channel_of, head, leads, z_at, b_at, a_at, new_rows, tape_out + own_tape);
   if (settle == 0) write_state();
   for (int start = 0; start < total; start += kChunk) {
     const int count = min(kChunk, total - start), row = start + warp;  // one warp gates one row of the chunk
@@ -199,7 +225,8 @@ __device__ __forceinline__ void run(const T* fresh, const T* kept, const int* ke
     }
     __syncthreads();
     if (gated)
-      gate_row(outputs[warp], gate, norm, eps, y + static_cast<size_t>(row - kept_rows) * value_width + head * kDim);
+      gate_row(outputs[warp], gate, norm, eps,
+               y + static_cast<size_t>(first + row - kept_rows) * value_width + head * kDim);
   }
 }
 

@@ -1,13 +1,14 @@
 // Gated DeltaNet over few rows; see kernel.cu, whose order of operations this follows. UNPROVED on a Mac:
 // the registry checks it before use.
 //
-// One threadgroup of 512 threads per value head; four lanes own one value row of the state, 32 key columns each.
+// One threadgroup of 512 threads per value head and sequence; four lanes own one value row of the state, 32 key columns each.
 namespace gated_delta {
 
 constant constexpr int kThreads = 512;
 constant constexpr int kDim = 128;
 constant constexpr int kTaps = 4;
 constant constexpr int kChunk = 8;  // rows; 16 KiB of threadgroup memory
+constant constexpr int kTape = 8;   // rows of a sequence that a pass may leave to the next one
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + exp(-v)); }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..launch import host_ints
+from ..segments import Segments
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,59 @@ class DeltaWeights:
 
 @dataclass(frozen=True)
 class DeltaState:
-    """A sequence's state before `pending`, of whose rows an unknown prefix will be kept.
+    """The states of some sequences before the rows on their tapes, of which an unknown prefix will be kept.
 
     Attributes:
-        recurrent: `[Hv, 128 (value), 128 (key)]` float32.
-        window: `[3, C]`, the convolution inputs before `pending`.
-        pending: `[P, width]`, the projection rows of the last pass: the tape.
+        recurrent: `[S, Hv, 128 (value), 128 (key)]` float32.
+        window: `[S, 3, C]`, the convolution inputs before the tape.
+        tape: `[S, 8, width]`, the projection rows of the last pass, and behind them anything.
     """
 
     recurrent: mx.array
     window: mx.array
-    pending: mx.array
+    tape: mx.array
+
+    @classmethod
+    def empty(cls, weights: DeltaWeights, dtype: mx.Dtype) -> DeltaState:
+        """One sequence that nothing was run for."""
+        recurrent = mx.zeros((1, weights.value_heads, HEAD_DIM, HEAD_DIM), mx.float32)
+        window, tape = mx.zeros((1, 3, weights.channels), dtype), mx.zeros((1, TAPE, weights.width), dtype)
+        return cls(recurrent, window, tape)
 
 
 HEAD_DIM = 128
+TAPE = 8
+"""Most rows of a sequence that a pass leaves to the next one."""
 
 
 def reference(
-    fresh: mx.array, state: DeltaState, keep: mx.array, weights: DeltaWeights, *, settle: bool = False
-) -> tuple[mx.array, mx.array, mx.array]:
+    fresh: mx.array,
+    state: DeltaState,
+    keep: mx.array,
+    weights: DeltaWeights,
+    segments: Segments,
+    *,
+    settle: bool = False,
+) -> tuple[mx.array, DeltaState]:
     """The definition of right for `gated_delta`; reads `keep` back to the host."""
-    (kept,) = host_ints(keep)
-    rows = mx.concatenate([state.pending[:kept].astype(fresh.dtype), fresh], axis=0).astype(mx.float32)
-    inputs = mx.concatenate([state.window.astype(mx.float32), rows[:, : weights.channels]], axis=0)
+    outputs, recurrents, windows, tapes = [], [], [], []
+    for place, (kept, part) in enumerate(zip(host_ints(keep), segments.slices, strict=True)):
+        own, tape = fresh[part], state.tape[place]
+        y, recurrent, window = _alone(own, state.recurrent[place], state.window[place], tape[:kept], weights, settle)
+        outputs.append(y)
+        recurrents.append(recurrent)
+        windows.append(window)
+        tapes.append(tape if settle else mx.concatenate([own.astype(tape.dtype), tape[own.shape[0] :]]))
+    return mx.concatenate(outputs), DeltaState(mx.stack(recurrents), mx.stack(windows), mx.stack(tapes))
+
+
+def _alone(
+    fresh: mx.array, recurrent: mx.array, window: mx.array, tape: mx.array, weights: DeltaWeights, settle: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One sequence, all rows of whose tape were kept: output rows, recurrent state, window."""
+    kept = tape.shape[0]
+    rows = mx.concatenate([tape.astype(fresh.dtype), fresh], axis=0).astype(mx.float32)
+    inputs = mx.concatenate([window.astype(mx.float32), rows[:, : weights.channels]], axis=0)
     total = rows.shape[0]
     settle_at = total if settle else kept
     conv = weights.conv.astype(mx.float32)
@@ -85,7 +116,7 @@ def reference(
     pre = rows[:, z_end + weights.value_heads :] + weights.dt_bias.astype(mx.float32)
     decay = mx.exp(-mx.exp(weights.a_log.astype(mx.float32)) * mx.logaddexp(pre, mx.zeros_like(pre)))
 
-    recurrent, settled, outputs = state.recurrent, state.recurrent, []
+    settled, outputs = recurrent, []
     for t in range(total):
         recurrent = recurrent * decay[t][:, None, None]
         recalled = (recurrent * k[t][:, None, :]).sum(axis=-1)
@@ -98,8 +129,7 @@ def reference(
     out = mx.fast.rms_norm(mx.stack(outputs), weights.norm.astype(mx.float32), weights.eps)
     z = rows[kept:, weights.channels : z_end].reshape(out.shape)
     out = (out * z * mx.sigmoid(z)).reshape(fresh.shape[0], -1)
-    window = inputs[settle_at : settle_at + 3].astype(state.window.dtype)
-    return out.astype(fresh.dtype), settled, window
+    return out.astype(fresh.dtype), settled, inputs[settle_at : settle_at + 3].astype(window.dtype)
 
 
 def _unit(x: mx.array) -> mx.array:

@@ -48,6 +48,15 @@ def test_inspect_tells_a_head_that_was_removed(tmp_path: Path, capsys: Capture) 
     assert "declared but absent" in capsys.readouterr().out
 
 
+def test_inspect_tells_a_mixture_of_experts(tmp_path: Path, capsys: Capture) -> None:
+    path = write(tmp_path / "model", Recipe(layers=2, experts=8))
+    shown = inspect_json(path, capsys)
+    assert shown["checkpoint"]["experts"] == {"count": 8, "per_token": 2}  # type: ignore[index]
+    assert shown["capabilities"]["mtp"]["supported"] is True  # type: ignore[index]
+    assert main(["inspect", str(path)]) == 0
+    assert "qwen3_5_moe checkpoint, 8 experts a layer, 2 a token, quantization" in capsys.readouterr().out
+
+
 def test_inspect_reads_gguf_files(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "small.gguf"
     write_script_model(path, {"a": Script(["b"])})
