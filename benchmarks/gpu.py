@@ -1,13 +1,16 @@
-"""GPU benchmark of the Qwen3.5 step: `python benchmarks/gpu.py [27b] [4b] [--output FILE]`; offline, one NVIDIA GPU.
+"""GPU benchmark of the Qwen3.5 step: `python benchmarks/gpu.py [27b] [35b-a3b] [4b] [--output FILE]`; offline, one
+NVIDIA GPU.
 
 Every figure is taken in this one run; ratios compare runs of this process on the same weights. Acceptance is imposed
-(see gpu_rounds); tokens of the MTP runs are compared with the plain run's.
+(see gpu_rounds); tokens of the MTP runs are compared with the plain run's. Random weights send rows to experts almost
+evenly: rows of a pass share as few as they ever will.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -32,6 +35,7 @@ from mtp_kernels.registry import Registry  # noqa: E402
 from benchmarks import gpu_rounds  # noqa: E402
 from benchmarks.gpu_breakdown import breakdown, launches  # noqa: E402
 from benchmarks.gpu_models import SHAPES, Shape, build, weight_bytes  # noqa: E402
+from benchmarks.gpu_warm import Compiling, operations  # noqa: E402
 from mlx_mtp_backend.cache import LayerCache, begin, commit  # noqa: E402
 from mlx_mtp_backend.families.base import Segment  # noqa: E402
 from mlx_mtp_backend.families.qwen3_5 import Qwen35  # noqa: E402
@@ -41,8 +45,10 @@ from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedK
 CONTEXT, LONG_CONTEXT = 512, 16_384
 ACCEPTANCE = (0.85, 0.72, 0.61, 0.52, 0.44)  # of draft i and all before it; the first three are the reference law
 ROUNDS, PREFILL = 48, 4096
+COMPARED_WITH_EXPERTS = 1024  # tokens of the prompt that mlx-lm gets too: off Metal it runs the recurrence row by row
 QUEUED_CHAINS = 40  # so many that the time in which the host builds the first graph, about 1 ms, does not count
 LEAD = 2  # passes that are queued when the host waits for one
+STARTED = time.perf_counter()
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -235,9 +241,10 @@ def mtp(model: FusedQwen35, prompt: mx.array) -> dict[str, Any]:
 def long_context(model: FusedQwen35, prompt: mx.array) -> dict[str, Any]:
     """Plain and MTP rates at depth 3 after a long prompt, in the same way as after the short one."""
     steps, law = ROUNDS * 4 + 24, ACCEPTANCE[:3]
-    seconds, continuation = gpu_rounds.plain(model, gpu_rounds.prefill(model, prompt, 2048), steps)
-    gpu_rounds.run(model, gpu_rounds.prefill(model, prompt, 2048), continuation, law, 24)
-    result = gpu_rounds.run(model, gpu_rounds.prefill(model, prompt, 2048), continuation, law, ROUNDS)
+    sequence = gpu_rounds.prefill(model, prompt, 2048)
+    seconds, continuation = gpu_rounds.plain(model, gpu_rounds.copied(model, sequence), steps)
+    gpu_rounds.run(model, gpu_rounds.copied(model, sequence), continuation, law, 24)
+    result = gpu_rounds.run(model, gpu_rounds.copied(model, sequence), continuation, law, ROUNDS)
     return {
         "context": prompt.shape[0],
         "plain_step_ms": seconds / steps * 1e3,
@@ -262,15 +269,26 @@ def growth(model: FusedQwen35, prompt: mx.array, steps: int = 400) -> dict[str, 
     return {"median": statistics.median(times), "longest": max(times[8:])}
 
 
-def measure(shape: Shape, registry: Registry, report: dict[str, Any], save: Callable[[], None]) -> None:
-    """All measurements of one shape into `report`, saved as they come."""
+def say(text: str) -> None:
+    """Prints it with the seconds since the start."""
+    print(f"[{time.perf_counter() - STARTED:4.0f} s] {text}", flush=True)
+
+
+def prepare(shape: Shape, registry: Registry, report: dict[str, Any]) -> tuple[Qwen35, FusedQwen35]:
+    """A model's weights, and the model through the checked kernels."""
     stock = build(shape)
-    held = sum(a.nbytes for m in (stock.text, stock.mtp) for _, a in tree_flatten(m.parameters()))
-    long_prompt = mx.random.randint(0, 248_000, (LONG_CONTEXT,), key=mx.random.key(7)).astype(mx.int32)
-    prompt = long_prompt[:PREFILL]
     started = time.perf_counter()
     model = fused(stock, registry)
     report |= {"weights_read_bytes": weight_bytes(stock), "checks_seconds": time.perf_counter() - started}
+    say(f"{shape.name} checked in {report['checks_seconds']:.0f} s, kernels {model.kernels}")
+    return stock, model
+
+
+def measure(shape: Shape, stock: Qwen35, model: FusedQwen35, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """All measurements of one shape into `report`, saved as they come."""
+    held = sum(a.nbytes for m in (stock.text, stock.mtp) for _, a in tree_flatten(m.parameters()))
+    long_prompt = mx.random.randint(0, 248_000, (LONG_CONTEXT,), key=mx.random.key(7)).astype(mx.int32)
+    prompt = long_prompt[:PREFILL]
     short = prompt[:CONTEXT]
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -278,7 +296,7 @@ def measure(shape: Shape, registry: Registry, report: dict[str, Any], save: Call
     def note(name: str, value: Any) -> None:
         report[name] = value
         save()
-        print(f"{shape.name} {name}: {value}", flush=True)
+        say(f"{shape.name} {name}: {value}")
 
     note("rows_bit_equal", rows_bit_equal(model, short))
     note("mtp", mtp(model, short))
@@ -293,7 +311,17 @@ def measure(shape: Shape, registry: Registry, report: dict[str, Any], save: Call
     note("long", long_context(model, long_prompt))
     note("launches", launches(model, gpu_rounds.prefill(model, short)))
     note("breakdown_us", breakdown(model, gpu_rounds.prefill(model, short)))
-    note("mlx_lm_prefill_seconds", stock_prefill(stock, prompt))
+    note("compared_prefill", compared_prefill(stock, model, shape, prompt, report["prefill_seconds"]))
+
+
+def compared_prefill(
+    stock: Qwen35, model: FusedQwen35, shape: Shape, prompt: mx.array, ours: float
+) -> dict[str, float]:
+    """Seconds of mlx-lm and of ours for as many tokens; `ours` is what the whole prompt took."""
+    if shape.experts:
+        prompt = prompt[:COMPARED_WITH_EXPERTS]
+        ours = our_prefill(model, prompt)
+    return {"tokens": prompt.shape[0], "ours": ours, "mlx_lm": stock_prefill(stock, prompt)}
 
 
 def figures(report: dict[str, Any], bandwidth: float) -> dict[str, float]:
@@ -308,7 +336,7 @@ def figures(report: dict[str, Any], bandwidth: float) -> dict[str, float]:
         "mtp_tokens_per_second": at_three,
         "mtp_over_plain": at_three / rates["plain_tokens_per_second"],
         "best_depth": max(rates["depth"], key=lambda depth: rates["depth"][depth]["tokens_per_second"]),
-        "prefill_over_mlx_lm": report["mlx_lm_prefill_seconds"] / report["prefill_seconds"],
+        "prefill_over_mlx_lm": report["compared_prefill"]["mlx_lm"] / report["compared_prefill"]["ours"],
         "memory_over_weights": report["decode_peak_over_weights"],
         "plain_16k_over_512": report["long"]["plain_step_ms"] * 1e-3 * rates["plain_tokens_per_second"],
         "mtp_over_plain_16k": report["long"]["mtp_tokens_per_second"] * report["long"]["plain_step_ms"] * 1e-3,
@@ -328,31 +356,39 @@ def main() -> None:
     device = str(mx.device_info()["device_name"])
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     output = args.output or ROOT / "benchmarks/results" / f"{device.replace(' ', '-').lower()}-{today}.json"
-    registry, bandwidth, pair = Registry(), copy_bandwidth(), qmm4_speedup()
+    names = args.shapes or list(SHAPES)
+    registry, compiling = Registry(), Compiling([part for name in names for part in operations(SHAPES[name])])
     result: dict[str, Any] = {
         "device": device,
         "date": today,
         "mlx": mx.__version__,
         "python": platform.python_version(),
-        "copy_bandwidth_bytes_per_second": bandwidth,
-        "qmm4": pair,
-        "figures": {"qmm4_speedup": pair["stock_us"] / pair["ours_us"]},
+        "figures": {},
         "shapes": {},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.shapes or SHAPES:
+
+    def save() -> None:
+        result["kernels"] = registry.status()
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    for name in names:
         report: dict[str, Any] = {}
         result["shapes"][name] = report
-
-        def save() -> None:
-            result["kernels"] = registry.status()
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-        measure(SHAPES[name], registry, report, save)
-        report["figures"] = figures(report, bandwidth)
+        models = prepare(SHAPES[name], registry, report)
+        if name == names[0]:  # nothing is timed beside compilers
+            compiling.finish()
+            result["copy_bandwidth_bytes_per_second"], result["qmm4"] = copy_bandwidth(), qmm4_speedup()
+            result["figures"]["qmm4_speedup"] = result["qmm4"]["stock_us"] / result["qmm4"]["ours_us"]
+            say(f"qmm4: {result['qmm4']}")
+        measure(SHAPES[name], *models, report, save)
+        report["figures"] = figures(report, result["copy_bandwidth_bytes_per_second"])
         if name == "27b":
             result["figures"] |= report["figures"]
         save()
+        say(f"{name} figures: {json.dumps(report['figures'])}")
+        del models
+        gc.collect()  # a model and its compiled passes refer to each other
         mx.clear_cache()
     print(json.dumps(result["figures"], indent=1))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+from mtp_kernels import few_row_experts
 from mtp_kernels.few_row_attention import Context
 from mtp_kernels.few_row_matmul import counters
 from mtp_kernels.gated_delta import DeltaState
@@ -20,8 +21,10 @@ from benchmarks.gpu_rounds import Prefilled
 from mlx_mtp_backend.cache import begin, commit
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
-from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedDelta, Product
+from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedDelta
+from mlx_mtp_backend.families.qwen3_5_fused_mlp import FusedExperts
 from mlx_mtp_backend.families.qwen3_5_fused_pass import Layout, give
+from mlx_mtp_backend.families.qwen3_5_fused_products import Product
 
 _QUEUED = 12  # chains
 # Nodes of MLX's graph that launch nothing.
@@ -34,7 +37,7 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
     """Microseconds a step by kind of launch; chains run alone, so their sum need not equal the step."""
     start = sequence.carried[:1] * mx.ones((rows, 1), sequence.carried.dtype)
     own, segments = [Segment(sequence.trunk, rows)], Segments.of((rows,))
-    given = give(own, model.layers, Layout.of(own))
+    given = give(own, model.layers, Layout.of(own), whole=model.falls_back)
     (keep,), (position,) = given.where
     deltas = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedDelta)]
     attentions = [(la, s) for la, s in zip(model.layers, given.states, strict=True) if isinstance(la, FusedAttention)]
@@ -47,6 +50,32 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
             x = product(own, work=work if product.swiglu else None)
         return x
 
+    mixtures = [layer.mlp for layer in model.layers if isinstance(layer.mlp, FusedExperts)]
+    # Random weights choose about as many distinct experts for any rows.
+    logits = [mx.concatenate([router(start) for router in mixture.routers], axis=-1) for mixture in mixtures]
+    entered = [
+        few_row_experts.enter(start, own, mixture.experts, mixture.norm, mixture.eps)
+        for own, mixture in zip(logits, mixtures, strict=True)
+    ]
+    mx.eval(logits, entered)
+
+    def routers(x: mx.array) -> mx.array:
+        """Tied by one column, as are the experts' first launches."""
+        for mixture in mixtures:
+            for router in mixture.routers:
+                x = start + router(x)[:, :1].astype(x.dtype) * 0
+        return x
+
+    def entering(x: mx.array) -> mx.array:
+        for own, mixture in zip(logits, mixtures, strict=True):
+            x = start + few_row_experts.enter(x, own, mixture.experts, mixture.norm, mixture.eps)[1][:, :1] * 0
+        return x
+
+    def leaving(x: mx.array) -> mx.array:
+        for given, mixture in zip(entered, mixtures, strict=True):
+            x = few_row_experts.leave(x, mixture.experts, *given)
+        return x
+
     def recurrence(x: mx.array) -> mx.array:
         for layer, state in deltas:
             fresh = mx.zeros((rows, layer.weights.width), x.dtype) + x[:, :1]
@@ -57,14 +86,20 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
         for layer, ((keys, values, tail),) in attentions:
             own = mx.zeros((rows, layer.shape.width), x.dtype) + x[:, :1]
             queries, (tail,) = layer.prepare(own, [tail], [position], segments, layer.shape)
-            x = layer.attend(queries, [Context(keys, values, tail, position)], segments, own)
+            x = layer.attend(queries, [Context(keys, values, tail, position, given.bound)], segments, own)
         return x
 
+    if mixtures:
+        feed_forward = {"router": routers, "experts' gate, up, SwiGLU": entering, "experts' down": leaving}
+    else:
+        feed_forward = {
+            "gate, up, SwiGLU": lambda x: products(x, lambda layer: layer.mlp.enter),
+            "down": lambda x: products(x, lambda layer: layer.mlp.leave),
+        }
     chains = {
         "projections in": lambda x: products(x, lambda layer: layer.enter),
         "projections out": lambda x: products(x, lambda layer: layer.leave),
-        "gate, up, SwiGLU": lambda x: products(x, lambda layer: layer.mlp.enter),
-        "down": lambda x: products(x, lambda layer: layer.mlp.leave),
+        **feed_forward,
         "Gated DeltaNet": recurrence,
         "attention": attention,
         "output matrix": model.logits,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from mlx_mtp_backend.cache import LayerCache, begin, commit
 from mlx_mtp_backend.families import qwen3_5_fused_cache
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
+from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedKVCache
 
 _AT_ONCE = 20e-6  # seconds within which a read of a value that the device has long computed returns
 
@@ -86,6 +87,16 @@ def prefill(model: FusedQwen35, tokens: mx.array, chunk: int = 256) -> Prefilled
         commit(head, before.shape[0])
     mx.eval([a for cache in [*trunk, *head] for a in cache.arrays])
     return Prefilled(trunk, head, rows[-1:], newest, 1)
+
+
+def copied(model: FusedQwen35, sequence: Prefilled) -> Prefilled:
+    """A sequence of its own from here on, as the engine makes one from a kept prefix."""
+    trunk, head = model.trunk_caches(), model.head_caches()
+    for new, old in zip([*trunk, *head], [*sequence.trunk, *sequence.head], strict=True):
+        rows = old.rows(0, old.offset) if isinstance(old, FusedKVCache) else ()
+        new.restore([rows] if rows else [], old.snapshot())
+    mx.eval([a for cache in [*trunk, *head] for a in cache.arrays])
+    return replace(sequence, trunk=trunk, head=head)
 
 
 def _chunks(rows: mx.array, size: int) -> list[mx.array]:

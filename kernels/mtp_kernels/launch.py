@@ -1,7 +1,7 @@
 """From a kernel's source text to a callable launch.
 
 A CUDA kernel here is a file of device functions (`kernel.cu`) and a one-statement body that names the template
-arguments. MLX keeps compiled code on disk by kernel name alone, so the name carries a digest of everything compiled.
+arguments. MLX looks compiled code up by kernel name alone, so the name carries a digest of everything compiled.
 """
 
 from __future__ import annotations
@@ -119,6 +119,11 @@ def _metal_launch(
 ) -> Launch:
     digest = version_of(header, body, ",".join(inputs), ",".join(outputs))
     return compiler(name=f"mtp_{name}_{digest}", input_names=inputs, output_names=outputs, source=body, header=header)
+
+
+def stands_in() -> bool:
+    """Whether something runs launches in MLX's place: at once, on copies of their arrays."""
+    return _other_compiler.get() is not None
 
 
 def host_ints(array: mx.array) -> list[int]:

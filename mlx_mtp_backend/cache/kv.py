@@ -38,6 +38,11 @@ class KVCache:
     def arrays(self) -> list[mx.array]:
         return [] if self._keys is None or self._values is None else [self._keys, self._values]
 
+    @property
+    def capacity(self) -> int:
+        """Rows of the buffer; one at least stays unused."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add rows and return all of them.
 
@@ -48,10 +53,8 @@ class KVCache:
             keys and values, [1, kv heads, offset + rows, head size].
         """
         start, end = self.offset, self.offset + keys.shape[2]
-        old_keys, old_values = self._keys, self._values
-        if old_keys is None or old_values is None or end > old_keys.shape[2]:
-            self._keys, self._values = grown(old_keys, keys, start, end), grown(old_values, values, start, end)
-        del old_keys, old_values
+        if end >= self.capacity:
+            self._resize(start, grown_size(self.capacity, end), keys.shape[1], keys.shape[3], keys.dtype)
         assert self._keys is not None
         assert self._values is not None
         self._keys[..., start:end, :] = keys
@@ -75,15 +78,20 @@ class KVCache:
             self.append(keys, values)
             self._mark = self.offset
 
+    def _resize(self, used: int, size: int, heads: int, width: int, dtype: mx.Dtype) -> None:
+        """Buffers of so many rows, of which the first `used` are those of the present ones."""
 
-def grown(buffer: mx.array | None, rows: mx.array, used: int, needed: int) -> mx.array:
-    """A buffer with room for more than `needed` rows; by at least a quarter, so that a long reply copies it seldom.
+        def grown(old: mx.array | None) -> mx.array:
+            room = mx.zeros((1, heads, size - used, width), dtype)
+            return room if old is None else mx.concatenate([old[..., :used, :], room], axis=2)
+
+        self._keys, self._values = grown(self._keys), grown(self._values)
+
+
+def grown_size(present: int, needed: int) -> int:
+    """Rows of a buffer with room for more than `needed`; by at least a quarter, so that a long reply copies it seldom.
 
     More, because MLX keeps an update that covers a whole array in place of it, in the update's own memory order, which
-    every kernel would then copy.
+    no kernel takes.
     """
-    present = 0 if buffer is None else buffer.shape[2]
-    size = -(-max(needed + 1, present + present // 4) // STEP) * STEP
-    batch, heads, _, width = rows.shape
-    room = mx.zeros((batch, heads, size - used, width), rows.dtype)
-    return room if buffer is None else mx.concatenate([buffer[..., :used, :], room], axis=2)
+    return -(-max(needed + 1, present + present // 4) // STEP) * STEP

@@ -91,7 +91,7 @@ class Qwen35:
     def trunk(self, tokens: mx.array, segments: Sequence[Segment]) -> Hidden:
         x = self.text.model.embed_tokens(tokens)[None]
         for index, layer in enumerate(self.text.model.layers):
-            x = decoder_rows(layer, x, segments, index)
+            x = self._decoder(layer, x, segments, index)
         normed = self.text.model.norm(x)
         return _hidden(x, normed, self.seed_norm)
 
@@ -101,8 +101,18 @@ class Qwen35:
         embedded = self.mtp.pre_fc_norm_embedding(self.text.model.embed_tokens(tokens))
         x = self.mtp.fc(mx.concatenate([embedded, self.mtp.pre_fc_norm_hidden(carried)], axis=-1))[None]
         for index, layer in enumerate(self.mtp.layers):
-            x = decoder_rows(layer, x, segments, index)
+            x = self._decoder(layer, x, segments, index)
         return _hidden(x, self.mtp.norm(x), self.recycle_norm)
+
+    def _decoder(self, layer: DecoderLayer, x: mx.array, segments: Sequence[Segment], index: int) -> mx.array:
+        return self.feed_forward(layer, mixed_rows(layer, x, segments, index), segments)
+
+    def feed_forward(self, layer: DecoderLayer, x: mx.array, segments: Sequence[Segment]) -> mx.array:
+        """A decoder layer's second half over flat rows [1, N, hidden]."""
+        normed = layer.post_attention_layernorm(x)
+        if isinstance(layer.mlp, Qwen3NextSparseMoeBlock):
+            return x + moe_rows(layer.mlp, normed, segments)
+        return x + layer.mlp(normed)
 
     def alternatives(self) -> dict[str, Model]:
         """The same weights wired as they should not be: each is a mistake that costs acceptance, never correctness."""
@@ -154,19 +164,15 @@ def _hidden(before: mx.array, normed: mx.array, carried: Norm) -> Hidden:
     return Hidden(normed[0], (normed if carried is Norm.POST else before)[0])
 
 
-def decoder_rows(layer: DecoderLayer, x: mx.array, segments: Sequence[Segment], index: int) -> mx.array:
-    """One decoder layer over flat rows [1, N, hidden]; `index` is the layer's place in each segment's caches."""
+def mixed_rows(layer: DecoderLayer, x: mx.array, segments: Sequence[Segment], index: int) -> mx.array:
+    """A decoder layer's first half over flat rows [1, N, hidden]; `index` is its place in each segment's caches."""
     normed = layer.input_layernorm(x)
     caches = [segment.caches[index] for segment in segments]
     if layer.is_linear:
         mixed = delta_rows(layer.linear_attn, normed, caches, split_rows(segments))
     else:
         mixed = attention_rows(layer.self_attn, normed, caches, split_rows(segments))
-    x = x + mixed
-    normed = layer.post_attention_layernorm(x)
-    if isinstance(layer.mlp, Qwen3NextSparseMoeBlock):
-        return x + moe_rows(layer.mlp, normed, segments)
-    return x + layer.mlp(normed)
+    return x + mixed
 
 
 def attention_rows(

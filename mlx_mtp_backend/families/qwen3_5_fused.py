@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.qwen3_5 import DecoderLayer
 from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.few_row_matmul import variants
-from mtp_kernels.launch import platform, version_of
+from mtp_kernels.launch import platform, stands_in, version_of
 from mtp_kernels.registry import Case, Registry, Run, Selection
 from mtp_kernels.sampler.probe import case as sampler_case
 from mtp_kernels.segments import Segments
@@ -22,14 +23,16 @@ from mtp_kernels.segments import Segments
 from mlx_mtp_backend.api import LoadProgress, Norm
 from mlx_mtp_backend.cache import LayerCache
 from mlx_mtp_backend.families.base import Hidden, Segment, split_rows
-from mlx_mtp_backend.families.qwen3_5 import Qwen35, decoder_rows
+from mlx_mtp_backend.families.qwen3_5 import Qwen35, mixed_rows
 from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedDeltaCache, FusedKVCache
 from mlx_mtp_backend.families.qwen3_5_fused_layers import (
+    Fixed,
     FusedAttention,
     FusedDelta,
     Where,
     fused_layer,
 )
+from mlx_mtp_backend.families.qwen3_5_fused_mlp import FusedExperts
 from mlx_mtp_backend.families.qwen3_5_fused_pass import (
     MAX_PASS_ROWS,
     MAX_SEGMENT_ROWS,
@@ -73,19 +76,20 @@ class FusedQwen35(Qwen35):
         if stock.mtp is not None:
             self._fc = product(selection, [stock.mtp.fc], self._dtype)
             self._head_layers = [FusedAttention(layer, self._dtype, selection) for layer in stock.mtp.layers]
+        # On Metal mlx-lm's own product of many rows needs no compiling.
+        own = [*layers, *self._head_layers] if platform() == "cuda" else []
+        stocks = [*model.layers, *(stock.mtp.layers if stock.mtp else [])]
+        pairs = zip(stocks, own, strict=False)
+        self._experts = {id(twin): layer.mlp for twin, layer in pairs if isinstance(layer.mlp, FusedExperts)}
         # On Metal it has not been timed against stock operations.
         case = sampler_case(self.vocab_size, self._dtype)
         self.sampler = selection.optional(case) if platform() != "metal" else None
         self.most_rows, self.most_segment_rows = MAX_PASS_ROWS, MAX_SEGMENT_ROWS
         self.kernels = selection.versions()
-        # References read positions back to the host, which a compiled function cannot.
-        self._compilable = not selection.failed
+        self.falls_back = bool(selection.failed)
+        # References and what stands in for Metal read values on the host, which a compiled function cannot.
+        self._compilable = not self.falls_back and not stands_in()
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-    @property
-    def falls_back(self) -> bool:
-        """Whether a kernel failed its check, and MLX's own operations stand in for it."""
-        return not self._compilable
 
     def trunk_caches(self) -> list[LayerCache]:
         return [FusedDeltaCache(self._deltas, self._dtype), self._kv_cache(self._attentions)]
@@ -100,7 +104,7 @@ class FusedQwen35(Qwen35):
         if not _few(segments):
             return self._many_rows(tokens, segments)
         layout = Layout.of(segments)
-        given = give(segments, self.layers, layout)
+        given = self._give(segments, self.layers, layout)
         x, after = layout.spread(tokens), []
         for first in range(0, len(self.layers), _SPAN):
             run = self._pass(first, partial(self._span, first), layout, given)
@@ -126,11 +130,11 @@ class FusedQwen35(Qwen35):
                 if isinstance(layer, FusedDelta):
                     runs = [partial(cache.run_many, delta) for cache in deltas]
                     x = x + layer.many_rows(stock, stock.input_layernorm(x), runs, parts)
-                    x = x + stock.mlp(stock.post_attention_layernorm(x))
                     delta += 1
                 else:
-                    x = decoder_rows(stock, x, plain, attention)
+                    x = mixed_rows(stock, x, plain, attention)
                     attention += 1
+                x = self.feed_forward(stock, x, segments)
                 mx.async_eval(x)  # type: ignore[no-untyped-call]
                 evaluate(before)
                 before = x
@@ -142,27 +146,42 @@ class FusedQwen35(Qwen35):
             with stock_attention(segments) as plain:
                 return super().head(tokens, carried, plain)
         layout = Layout.of(segments)
-        given = give(segments, self._head_layers, layout)
+        given = self._give(segments, self._head_layers, layout)
         run = self._pass("head", self._head_rows, layout, given)
         before, normed, after = run(given.states, given.where, layout.spread(tokens), layout.spread(carried))
         take(segments, self._head_layers, after)
         normed = layout.gathered(normed)
         return Hidden(normed, normed if self.recycle_norm is Norm.POST else layout.gathered(before))
 
+    def feed_forward(self, layer: DecoderLayer, x: mx.array, segments: Sequence[Segment]) -> mx.array:
+        experts = self._experts.get(id(layer))
+        if experts is None:
+            return super().feed_forward(layer, x, segments)
+        # How many rows a sequence has decides how they are multiplied: never those of its neighbours.
+        return mx.concatenate([experts.many_rows(x[0, part]) for part in split_rows(segments)])[None]
+
     def logits(self, normed: mx.array) -> mx.array:
         if normed.shape[0] > MAX_PASS_ROWS:
             return super().logits(normed)
         return self._output(normed)
 
-    def _span(self, first: int, segments: Segments, states: list[Any], where: list[list[mx.array]], x: mx.array) -> Any:
+    def _give(
+        self, segments: Sequence[Segment], layers: Sequence[FusedDelta | FusedAttention], layout: Layout
+    ) -> Given:
+        """What a pass reads. Kernels read buffers on from their first rows, references need the whole."""
+        return give(segments, layers, layout, whole=not self._compilable)
+
+    def _span(
+        self, first: int, fixed: Fixed, states: list[Any], where: list[list[mx.array]], x: mx.array
+    ) -> tuple[mx.array, list[Any]]:
         """Some layers over rows, or over tokens for the first of them."""
         if first == 0:
             x = self.text.model.embed_tokens(x)
-        return _through(self.layers[first : first + _SPAN], x, states, segments, where)
+        return _through(self.layers[first : first + _SPAN], x, states, fixed, where)
 
     def _head_rows(
         self,
-        segments: Segments,
+        fixed: Fixed,
         states: list[Any],
         where: list[list[mx.array]],
         tokens: mx.array,
@@ -171,24 +190,25 @@ class FusedQwen35(Qwen35):
         assert self.mtp is not None
         embedded = self.mtp.pre_fc_norm_embedding(self.text.model.embed_tokens(tokens))
         x = self._fc(mx.concatenate([embedded, self.mtp.pre_fc_norm_hidden(carried)], axis=-1))
-        x, after = _through(self._head_layers, x, states, segments, where)
+        x, after = _through(self._head_layers, x, states, fixed, where)
         return x, self.mtp.norm(x), after
 
     def _pass(self, name: str | int, build: Callable[..., Any], layout: Layout, given: Given) -> Callable[..., Any]:
         """The function of states and inputs for such a pass, compiled if it is likely to come again.
 
-        Those of longest ago are forgotten: with many sequences the sizes of their buffers are in ever new mixtures.
+        Whose rows they are and how long their contexts does not matter to it, but for the bound of the longest. Those
+        functions of longest ago are forgotten.
         """
         if not (self._compilable and layout.alike):
-            return partial(build, Segments.of(layout.launched))
-        key = (name, layout.launched, given.capacities)
+            return partial(build, Fixed(Segments.of(layout.launched), given.bound))
+        key = (name, layout.launched, given.bound)
         made = self._compiled.pop(key, None)
         if made is None:
             if len(self._compiled) >= _MOST_COMPILED:
                 del self._compiled[next(iter(self._compiled))]
             segments = Segments.of(layout.launched)
             mx.eval(segments.starts)
-            made = mx.compile(partial(build, segments))
+            made = mx.compile(partial(build, Fixed(segments, given.bound)))
         self._compiled[key] = made
         return made
 
@@ -276,12 +296,12 @@ def _through(
     layers: Sequence[FusedDelta | FusedAttention],
     x: mx.array,
     states: list[Any],
-    segments: Segments,
+    fixed: Fixed,
     where: list[list[mx.array]],
 ) -> tuple[mx.array, list[Any]]:
     """Rows through layers; see qwen3_5_fused_pass.Given."""
     keep, positions = where
-    shared = Where(segments, positions, keep[0] if keep else None)
+    shared = Where(fixed, positions, keep[0] if keep else None)
     after = []
     # A head's pass, of one layer, took 1.1 ms more on an H100 when it had a counter.
     works = matmul_kernel.counters(len(layers)) if len(layers) > 1 else [None]

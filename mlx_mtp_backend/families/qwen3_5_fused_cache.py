@@ -15,10 +15,11 @@ from typing import Protocol
 import mlx.core as mx
 from mtp_kernels import attention_inputs as inputs_kernel
 from mtp_kernels import gated_delta as delta_kernel
+from mtp_kernels.few_row_attention import first_row
 from mtp_kernels.launch import host_ints
 
 from mlx_mtp_backend.cache import KVCache
-from mlx_mtp_backend.cache.kv import grown
+from mlx_mtp_backend.cache.kv import grown_size
 
 # What a layer of a pass is given and leaves: [recurrent, window, tape] of all sequences, as gated_delta.DeltaState.
 DeltaArrays = list[mx.array]
@@ -163,17 +164,10 @@ def counts(kept: Sequence[int | mx.array]) -> mx.array:
 class LongKV(KVCache):
     """One layer's keys and values below a tail; stock attention appends to it, too."""
 
-    @property
-    def capacity(self) -> int:
-        """Rows that fit without growing."""
-        return 0 if self._keys is None else self._keys.shape[2]
-
-    def reserve(self, rows: int, kv_heads: int, dtype: mx.Dtype) -> None:
-        """Make room for more than so many rows, if there is not as much."""
-        if self._keys is None or self._values is None or self.capacity < rows:
-            empty = mx.zeros((1, kv_heads, 0, inputs_kernel.HEAD_DIM), dtype)
-            used = self.capacity
-            self._keys, self._values = grown(self._keys, empty, used, rows), grown(self._values, empty, used, rows)
+    def reserve(self, size: int, kv_heads: int, dtype: mx.Dtype) -> None:
+        """Have a buffer of so many rows, which are no fewer than present."""
+        if self.capacity < size:
+            self._resize(self.capacity, size, kv_heads, inputs_kernel.HEAD_DIM, dtype)
 
     def put(self, tail: mx.array, position: mx.array) -> None:
         """Write a whole tail at a position that only the device knows ([1] int32)."""
@@ -189,13 +183,15 @@ class GivenKV:
 
     Attributes:
         layers: keys, values and tail of each.
-        position: [2] int32, where the tail and where the new rows begin.
+        position: [3] int32, where the tail and where the new rows begin, and rows of the long buffers.
+        bound: no row lies at this position or beyond.
         apart: what must be evaluated before the pass: within it, work that only some passes do would shift where MLX
             cuts the pass into CUDA graphs, and all of them would have to be instantiated anew.
     """
 
     layers: list[list[mx.array]]
     position: mx.array
+    bound: int
     apart: list[mx.array]
 
 
@@ -213,25 +209,21 @@ class FusedKVCache:
         self._mark = 0
         self._kv_heads, self._dtype = kv_heads, dtype
         self._tails: list[mx.array] = []
-        self._base = 0
+        self._first_rows: list[list[mx.array]] = []  # of keys and values, while tails are in use
+        self._base = self._capacity = 0
         self._start: mx.array | None = None
         self._since: int | mx.array = 0
         self._start_mark: tuple[mx.array | None, int | mx.array] = (None, 0)
         self._first: mx.array | None = None
         self._trail: deque[tuple[mx.array, int]] = deque(maxlen=_LAG)  # where transactions began, most rows each kept
 
-    @property
-    def capacity(self) -> int:
-        """Rows that the long buffers hold, on which the shapes of a pass depend."""
-        return max((long.capacity for long in self.long), default=0)
-
     def begin(self) -> None:
         self._mark = self.offset
         self._start_mark = (self._start, self._since)
         self._first = None
 
-    def give(self, rows: int) -> GivenKV:
-        """What a pass of so many rows reads."""
+    def give(self, rows: int, *, whole: bool) -> GivenKV:
+        """What a pass of so many rows reads, of keys and values all or the first rows."""
         if self._first is None and self.offset - self._base + rows + _DRAFT_ROWS > inputs_kernel.TAIL:
             self._move()
             self._mark, self._start_mark = self.offset, (self._start, self._since)
@@ -240,19 +232,22 @@ class FusedKVCache:
             self._base = self.offset
             shape = (2, self._kv_heads, inputs_kernel.TAIL, inputs_kernel.HEAD_DIM)
             self._tails = [mx.zeros(shape, self._dtype)] * len(self.long)
-            for long in self.long:
-                long.reserve(0, self._kv_heads, self._dtype)
-            apart = self.arrays
+            self._reserve(0)
+            if not whole:
+                self._first_rows = [[first_row(array) for array in long.arrays] for long in self.long]
+            apart = [*self.arrays, *(array for arrays in self._first_rows for array in arrays)]
         if self.offset - self._base + rows > inputs_kernel.TAIL:
             raise RuntimeError(f"a transaction of more than {_DRAFT_ROWS} rows after its first pass")
         if self._start is None:
-            position = mx.array([self._base, self.offset], dtype=mx.int32)
+            position = mx.array([self._base, self.offset, self._capacity], dtype=mx.int32)
         else:
             position = self._start = _advanced(self._start, self._since)
             self._since = 0
         if self._first is None:
             self._first = position
-        return GivenKV([[*n.arrays, tail] for n, tail in zip(self.long, self._tails, strict=True)], position, apart)
+        longs = [long.arrays for long in self.long] if whole else self._first_rows
+        layers = [[*arrays, tail] for arrays, tail in zip(longs, self._tails, strict=True)]
+        return GivenKV(layers, position, self.offset + rows, apart)
 
     def take(self, tails: list[mx.array], rows: int) -> None:
         """Continue from a pass: the tails with its rows."""
@@ -300,11 +295,11 @@ class FusedKVCache:
     def settle(self) -> None:
         """Move the tails' rows into the long buffers; waits for a count that is still on the device."""
         if self._start is not None:
-            base, first = host_ints(self._start)
+            base, first, _ = host_ints(self._start)
             self._base, self.offset = base, first + _host(self._since)
             self._start, self._since = None, 0
             self._trail.clear()
-        tails, self._tails = self._tails, []
+        tails = self._taken_tails()
         count = self.offset - self._base
         for layer, long in enumerate(self.long):
             long.offset = self.offset
@@ -319,21 +314,34 @@ class FusedKVCache:
             return
         self.offset = host_ints(self._trail[0][0])[1] + sum(rows for _, rows in self._trail)
         position = _advanced(self._start, self._since)
-        tails, self._tails = self._tails, []
+        tails = self._taken_tails()
+        self._reserve(self.offset + inputs_kernel.TAIL)
         for long, tail in zip(self.long, tails, strict=True):
-            long.reserve(self.offset + inputs_kernel.TAIL, self._kv_heads, self._dtype)
             long.put(tail, position[:1])
-        self._start, self._since = mx.concatenate([position[1:], position[1:]]), 0
+        capacity = mx.array([self._capacity], dtype=mx.int32)
+        self._start, self._since = mx.concatenate([position[1:2], position[1:2], capacity]), 0
+
+    def _taken_tails(self) -> list[mx.array]:
+        """The tails, which are in use no more, nor are first rows: no buffer is written in place while those live."""
+        tails, self._tails, self._first_rows = self._tails, [], []
+        return tails
+
+    def _reserve(self, rows: int) -> None:
+        """Room for more than so many rows in every long buffer, and as much in all: a pass is told one capacity."""
+        present = max((long.capacity for long in self.long), default=0)
+        self._capacity = present if present > rows else grown_size(present, rows)
+        for long in self.long:
+            long.reserve(self._capacity, self._kv_heads, self._dtype)
 
     def _drop_late_tails(self) -> None:
         """A tail that begins behind what is kept holds nothing of it."""
         if self._start is None and self.offset < self._base:
-            self._tails = []
+            self._taken_tails()
 
 
 def _advanced(position: mx.array, rows: int | mx.array) -> mx.array:
-    """Same base, `rows` later."""
-    return position + mx.array([0, 1], dtype=mx.int32) * rows
+    """Same base and capacity, `rows` later."""
+    return position + mx.array([0, 1, 0], dtype=mx.int32) * rows
 
 
 def _host(count: int | mx.array) -> int:

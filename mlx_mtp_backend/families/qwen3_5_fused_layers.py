@@ -26,16 +26,29 @@ Settle = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """What a compiled pass is compiled for.
+
+    Attributes:
+        segments: which rows are whose.
+        bound: no row lies at this position or beyond.
+    """
+
+    segments: Segments
+    bound: int
+
+
+@dataclass(frozen=True)
 class Where:
     """What layers of a pass share.
 
     Attributes:
-        segments: which rows are whose.
-        positions: of each sequence [2] int32, where its tails and where its new rows begin.
+        fixed: what does not change from pass to pass.
+        positions: of each sequence [3] int32, where its tails and where its new rows begin, and rows of its buffers.
         keep: [S] int32, how many rows of each sequence's last pass count; None where no layer is recurrent.
     """
 
-    segments: Segments
+    fixed: Fixed
     positions: list[mx.array]
     keep: mx.array | None
 
@@ -70,7 +83,7 @@ class FusedDelta:
     ) -> tuple[mx.array, DeltaArrays]:
         assert where.keep is not None
         before = delta_kernel.DeltaState(*state)
-        y, after = self.run(self.enter(x), before, where.keep, self.weights, where.segments)
+        y, after = self.run(self.enter(x), before, where.keep, self.weights, where.fixed.segments)
         return self.mlp(self.leave(y, residual=x), work), [after.recurrent, after.window, after.tape]
 
     def settle(self, rows: mx.array, before: DeltaArrays, keep: mx.array) -> tuple[mx.array, DeltaArrays]:
@@ -121,12 +134,12 @@ class FusedAttention:
     ) -> tuple[mx.array, list[mx.array]]:
         projected = self.enter(x)
         before = [tail for _, _, tail in contexts]
-        queries, tails = self.prepare(projected, before, where.positions, where.segments, self.shape)
+        queries, tails = self.prepare(projected, before, where.positions, where.fixed.segments, self.shape)
         seen = [
-            attention_kernel.Context(keys, values, tail, position)
+            attention_kernel.Context(keys, values, tail, position, where.fixed.bound)
             for (keys, values, _), tail, position in zip(contexts, tails, where.positions, strict=True)
         ]
-        attended = self.attend(queries, seen, where.segments, projected)
+        attended = self.attend(queries, seen, where.fixed.segments, projected)
         return self.mlp(self.leave(attended, residual=x), work), tails
 
 

@@ -12,6 +12,10 @@ from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.registry import Selection
 
 from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, matrix_of, product
+from mlx_mtp_backend.host import evaluate
+
+# Rows of a prompt that still take less time in passes of few rows than all experts take to be unpacked.
+_SLICED_ROWS = 128
 
 
 class FusedMLP:
@@ -49,6 +53,7 @@ class FusedExperts:
         if reason := experts_kernel.supported(self.experts, dtype):
             raise Unsupported(reason)
         gates = [block.gate, block.shared_expert_gate]
+        self.gates = [matrix_of(gate) for gate in gates]
         # Matrices of one format are one launch.
         self.routers = [
             product(selection, some, dtype, norm, out_dtype=mx.float32)
@@ -60,6 +65,14 @@ class FusedExperts:
     def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
         parts = [self._some(x[first : first + self.most_rows]) for first in range(0, x.shape[0], self.most_rows)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def many_rows(self, x: mx.array) -> mx.array:
+        """The same for one sequence's rows [N, hidden] of a prompt."""
+        if x.shape[0] <= _SLICED_ROWS:
+            return self(x, None)
+        h = mx.fast.rms_norm(x, self.norm, self.eps)
+        logits = experts_kernel.router_logits(h, self.gates)
+        return x + experts_kernel.many_row_experts(h, logits, self.experts, evaluate)
 
     def _some(self, x: mx.array) -> mx.array:
         logits = [router(x) for router in self.routers]

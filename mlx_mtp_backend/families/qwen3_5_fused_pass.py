@@ -19,6 +19,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_layers import FusedAttention, FusedD
 
 MAX_SEGMENT_ROWS = delta_kernel.TAPE
 MAX_PASS_ROWS = matmul_kernel.MAX_ROWS
+_LEAST_BOUND = 2048  # one sequence's splits up to here leave multiprocessors of a large GPU idle
 
 Layer = FusedDelta | FusedAttention
 
@@ -73,19 +74,23 @@ class Given:
         states: by layer; of a recurrent one [recurrent, window, tape] of all sequences, else keys, values and tail of
             each sequence.
         where: the counts of rows kept, where layers are recurrent, and each sequence's position; see layers.Where.
-        capacities: of the sequences' key and value buffers, on which the shapes of launches depend.
+        bound: no row lies at this position or beyond; one of few, as launches are sized by it.
     """
 
     states: list[Any]
     where: list[list[mx.array]]
-    capacities: tuple[int, ...]
+    bound: int
 
 
-def give(segments: Sequence[Segment], layers: Sequence[Layer], layout: Layout) -> Given:
-    """What these layers read of the segments' caches. Raises RuntimeError for a pass that the caches do not take."""
+def give(segments: Sequence[Segment], layers: Sequence[Layer], layout: Layout, *, whole: bool) -> Given:
+    """What these layers read of the segments' caches, of keys and values all or the first rows.
+
+    Raises:
+        RuntimeError: the caches do not take this pass.
+    """
     kvs = [kv_cache(segment) for segment in segments]
     held = [delta_cache(segment).give() for segment in segments if len(segment.caches) > 1]
-    given = [kv.give(rows) for kv, rows in zip(kvs, layout.launched, strict=True)]
+    given = [kv.give(rows, whole=whole) for kv, rows in zip(kvs, layout.launched, strict=True)]
     recurrent = joined(held) if held else []
     apart = [array for one in given for array in one.apart]
     if held and recurrent is not held[0].layers:
@@ -95,7 +100,12 @@ def give(segments: Sequence[Segment], layers: Sequence[Layer], layout: Layout) -
     deltas, contexts = iter(recurrent), zip(*(one.layers for one in given), strict=True)
     states = [next(deltas) if isinstance(layer, FusedDelta) else list(next(contexts)) for layer in layers]
     keep = [counts([one.kept for one in held])] if recurrent else []
-    return Given(states, [keep, [one.position for one in given]], tuple(kv.capacity for kv in kvs))
+    return Given(states, [keep, [one.position for one in given]], _round_bound(max(one.bound for one in given)))
+
+
+def _round_bound(bound: int) -> int:
+    """The least of few that is no less: launches are at most twice as large as they must be, where that matters."""
+    return max(_LEAST_BOUND, 1 << (bound - 1).bit_length())
 
 
 def take(segments: Sequence[Segment], layers: Sequence[Layer], after: Sequence[Any]) -> None:

@@ -171,7 +171,7 @@ def attention_shape(rotary: int = 64) -> attention_inputs.AttentionShape:
 
 
 def test_attention_inputs_refuse() -> None:
-    positions, tails = [mx.array([0, 0], dtype=mx.int32)] * 2, [mx.zeros((2, 2, 64, 256), BF16)] * 2
+    positions, tails = [mx.array([0, 0, 64], dtype=mx.int32)] * 2, [mx.zeros((2, 2, 64, 256), BF16)] * 2
     projected, segments = mx.zeros((3, 12 * 256), BF16), Segments.of((1, 2))
     run, shape = attention_inputs.attention_inputs, attention_shape()
     with pytest.raises(ValueError, match="projected is"):
@@ -195,9 +195,10 @@ def test_attention_inputs_refuse() -> None:
     [
         ("queries", (1, 4, 128), "queries are"),
         ("keys", (2, 2, 64, 256), "keys are"),
+        ("keys", (1, 1, 64, 256), "keys are"),
         ("values", (1, 2, 32, 256), "values"),
         ("tail", (2, 2, 32, 256), "tail is"),
-        ("position", (3,), "position"),
+        ("position", (2,), "position"),
         ("projected", (3, 256), "projected is"),
         ("queries", (2, 4, 256), "queries are"),
     ],
@@ -209,7 +210,7 @@ def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> N
         "keys": (1, 2, 64, 256),
         "values": (1, 2, 64, 256),
         "tail": (2, 2, 64, 256),
-        "position": (2,),
+        "position": (3,),
         "projected": (3, 12 * 256),
     }
 
@@ -224,12 +225,22 @@ def test_attention_refuses(part: str, value: tuple[int, ...], message: str) -> N
 
 def test_attention_refuses_more_rows_or_other_sequences() -> None:
     keys, tail = mx.zeros((1, 2, 64, 256), BF16), mx.zeros((2, 2, 64, 256), BF16)
-    context = few_row_attention.Context(keys, keys, tail, mx.array([0, 0], dtype=mx.int32))
+    context = few_row_attention.Context(keys, keys, tail, mx.array([0, 0, 64], dtype=mx.int32))
     queries, projected = mx.zeros((34, 4, 256), BF16), mx.zeros((34, 12 * 256), BF16)
     with pytest.raises(ValueError, match="exceed 64"):
         few_row_attention.few_row_attention(queries, [context] * 2, Segments.of((1, 33)), projected)
     with pytest.raises(ValueError, match="1 contexts for 2 sequences"):
         few_row_attention.few_row_attention(queries, [context], Segments.of((17, 17)), projected)
+
+
+def test_attention_refuses_first_rows_without_a_bound() -> None:
+    keys, tail = mx.zeros((1, 2, 64, 256), BF16), mx.zeros((2, 2, 64, 256), BF16)
+    row = few_row_attention.first_row(keys)
+    context = few_row_attention.Context(row, row, tail, mx.array([0, 0, 64], dtype=mx.int32))
+    queries, projected, segments = mx.zeros((1, 4, 256), BF16), mx.zeros((1, 12 * 256), BF16), Segments.of((1,))
+    with pytest.raises(ValueError, match="a bound"):
+        few_row_attention.check(queries, [context], segments, projected)
+    few_row_attention.check(queries, [replace(context, bound=128)], segments, projected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -256,10 +267,9 @@ def test_python_and_cuda_agree_on_constants() -> None:
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
     assert constant("gated_delta", "kTape") == gated_delta.TAPE
     assert constant("attention_inputs", "kThreads") == attention_inputs._WARPS * 32
-    splits = (few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG)
-    assert tuple(constant("few_row_attention", name) for name in ("kNear", "kShort", "kLong")) == splits
-    assert constant("few_row_attention", "kTile") == few_row_attention._TILE
-    assert constant("few_row_attention", "kThreads") == few_row_attention._THREADS
+    for own in ("NEAR", "FAR", "SHORT", "MIDDLE", "LONG", "TILE", "RING_FEW", "RING_MANY", "FEW_TILES", "THREADS"):
+        name = "k" + own.title().replace("_", "")
+        assert constant("few_row_attention", name) == getattr(few_row_attention, f"_{own}"), name
     assert constant("sampler", "kThreads") == sampler._THREADS
     assert constant("sampler", "kWords") == sampler.WORDS
     assert constant("few_row_attention", "kJoinDim") == few_row_attention._JOIN_DIM

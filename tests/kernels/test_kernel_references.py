@@ -207,7 +207,7 @@ def test_attention_inputs(rotary: int) -> None:
     rows, base, first = RNG.normal(size=(3, shape.width)), 100, 107
     tail = RNG.normal(size=(2, 2, attention_inputs.TAIL, 256))
     as_mx = [mx.array(a.astype(np.float32)) for a in (rows, tail)]
-    position = mx.array([base, first], dtype=mx.int32)
+    position = mx.array([base, first, 96], dtype=mx.int32)
     q, (new_tail,) = attention_inputs.reference(as_mx[0], [as_mx[1]], [position], Segments.of((3,)), shape)
     want_q, want_tail = np.zeros((3, 4, 256)), tail.copy()
     for m, row in enumerate(rows):
@@ -228,7 +228,7 @@ def test_attention(base: int) -> None:
     shapes = [(rows, 4, 256), (1, 2, 96, 256), (1, 2, 96, 256), (2, 2, attention_inputs.TAIL, 256), (rows, 12 * 256)]
     q, k, v, tail, projected = (RNG.normal(size=s) for s in shapes)
     as_mx = [mx.array(a.astype(np.float32)) for a in (q, k, v, tail)]
-    position = mx.array([base, first], dtype=mx.int32)
+    position = mx.array([base, first, 96], dtype=mx.int32)
     context = few_row_attention.Context(*as_mx[1:], position)
     got = few_row_attention.reference(as_mx[0], [context], Segments.of((rows,)), mx.array(projected.astype(np.float32)))
     want = np.zeros((rows, 4, 256))
@@ -250,7 +250,7 @@ def test_attention_of_several_sequences_is_that_of_each_alone() -> None:
     projected = mx.random.normal((6, shape.width), key=mx.random.key(1))
     tails = list(mx.random.normal((3, 2, 2, attention_inputs.TAIL, 256), key=mx.random.key(2)))
     keys, values = mx.random.normal((2, 3, 1, 2, 96, 256), key=mx.random.key(3))
-    positions = [mx.array(pair, dtype=mx.int32) for pair in where]
+    positions = [mx.array([*pair, 96], dtype=mx.int32) for pair in where]
 
     def run(chosen: list[int], rows: mx.array, segments: Segments) -> list[mx.array]:
         own_tails, own_positions = [tails[i] for i in chosen], [positions[i] for i in chosen]

@@ -53,7 +53,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
 
 def run(counts: tuple[int, ...]) -> tuple[mx.array, list[mx.array], list[Context]]:
     """Both kernels over sequences of distinct arrays: result, tails, contexts as they were."""
-    norm, position = mx.ones((256,), BF16), mx.array([0, 5], dtype=mx.int32)
+    norm, position = mx.ones((256,), BF16), mx.array([0, 5, 64], dtype=mx.int32)
     shape = attention_inputs.AttentionShape(HEADS, KV_HEADS, norm, norm, 1e-6, 64, 1e7)
     segments = Segments.of(counts)
     rows = mx.broadcast_to(mx.arange(sum(counts))[:, None], (sum(counts), shape.width)).astype(BF16)
@@ -61,7 +61,7 @@ def run(counts: tuple[int, ...]) -> tuple[mx.array, list[mx.array], list[Context
         Context(
             *(mx.zeros((1, KV_HEADS, 64 + 256 * i, 256), BF16) for _ in range(2)),
             mx.zeros((2, KV_HEADS, 64, 256), BF16),
-            position + i,
+            position + mx.array([0, i, 256 * i]),
         )
         for i in range(len(counts))
     ]
@@ -92,6 +92,22 @@ def test_one_launch_of_each_kernel_for_a_few_sequences(launched: list[Launched])
     assert join.grid[0] == 7 * HEADS * 2 * few_row_attention._JOIN_THREADS
 
 
+def test_a_launch_over_first_rows_is_sized_by_the_bound(launched: list[Launched]) -> None:
+    tail, segments = mx.zeros((2, KV_HEADS, 64, 256), BF16), Segments.of((1, 1))
+    shapes = set()
+    for capacity in (256, 4096):
+        row = few_row_attention.first_row(mx.zeros((1, KV_HEADS, capacity, 256), BF16))
+        position = mx.array([0, 5, capacity], dtype=mx.int32)
+        context = Context(row, row, tail, position, bound=2048)
+        queries, projected = mx.zeros((2, HEADS, 256), BF16), mx.zeros((2, 12 * 256), BF16)
+        few_row_attention.few_row_attention(queries, [context] * 2, segments, projected)
+        partial = next(one for one in reversed(launched) if one.kernel == "few_row_attention")
+        shapes.add((partial.grid, *(array.shape for array in partial.inputs.values())))
+        assert "_shape[2]" not in partial.source  # the distance between heads is no first row's
+    assert len(shapes) == 1
+    assert partial.grid[0] == (few_row_attention._split_of(2047) + 1) * KV_HEADS * few_row_attention._THREADS
+
+
 def test_more_sequences_than_a_launch_takes_are_several_launches(launched: list[Launched]) -> None:
     counts = (1, 2) * 5
     result, tails, contexts = run(counts)
@@ -115,8 +131,10 @@ def test_two_blocks_of_attention_fit_into_a_multiprocessor(tiles: int) -> None:
 
 @given(st.integers(0, 300_000))
 def test_positions_lie_in_the_splits_that_start_before_them(position: int) -> None:
-    near, short, long = few_row_attention._NEAR, few_row_attention._SHORT, few_row_attention._LONG
-    starts = [*range(0, near, short), *range(near, position + 1, long)]
+    near, far = few_row_attention._NEAR, few_row_attention._FAR
+    lengths = (few_row_attention._SHORT, few_row_attention._MIDDLE, few_row_attention._LONG)
+    borders = ((0, near), (near, far), (far, max(far, position + 1)))
+    starts = [at for border, length in zip(borders, lengths, strict=True) for at in range(*border, length)]
     assert few_row_attention._split_of(position) == sum(start <= position for start in starts) - 1
 
 

@@ -124,7 +124,7 @@ def test_attention_rows_that_cross_into_the_next_split(tally) -> None:
             [
                 implementation(
                     q[i : i + rows],
-                    [Context(k, v, tail, mx.array([40, 60 + i], dtype=mx.int32))],
+                    [Context(k, v, tail, mx.array([40, 60 + i, 96], dtype=mx.int32))],
                     Segments.of((min(rows, 7 - i),)),
                     projected[i : i + rows],
                 )

@@ -13,12 +13,17 @@ from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import TUNING_FILE, Registry
 
 from mlx_mtp_backend import tuning
+from mlx_mtp_backend.api import LoadOptions
 from mlx_mtp_backend.cache import begin, commit
+from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused, fused_or_stock
 from mlx_mtp_backend.synthetic import Recipe, write
+from tests.conformance import decode
+from tests.kernels.test_fused_step import sharpened
 from tests.metal_host.host import Host
+from tests.support.conversion import convert
 
 TOKENS = mx.arange(40).astype(mx.int32)
 
@@ -28,6 +33,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of each kind and a head, in shapes that the kernels take."""
     recipe = Recipe(layers=2, hidden=128, width=128, head_dim=256, linear_dim=128)
     return write(tmp_path_factory.mktemp("checkpoint"), recipe)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with experts, quantised: a CPU multiplies by no others in half floats."""
+    recipe = Recipe(layers=2, hidden=128, width=384, head_dim=256, linear_dim=128, experts=8)
+    folder = tmp_path_factory.mktemp("mixture")
+    return convert(write(folder / "original", recipe), folder / "quantised", bits=8, group_size=64)
 
 
 @pytest.fixture
@@ -57,13 +70,24 @@ def decoded(model: Qwen35, passes: list[tuple[int, int]]) -> mx.array:
     return mx.concatenate([rows.astype(mx.float32) for rows in out])
 
 
+STEP = {"few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention"}
+
+
 def test_a_step_is_the_stock_step_and_replays_bit_for_bit(checkpoint: Path, host: Host) -> None:
-    stock = tuning.load(checkpoint)
+    stepped(tuning.load(checkpoint), host, STEP)
+
+
+def test_a_step_with_experts_is_the_stock_step_and_replays_bit_for_bit(mixture: Path, host: Host) -> None:
+    stock = decode.result(qwen3_5_load.load(mixture, LoadOptions(), mx.bfloat16))
+    stepped(sharpened(stock), host, STEP | {"experts_route", "experts_enter", "experts_leave"})
+
+
+def stepped(stock: Qwen35, host: Host, kernels: set[str]) -> None:
     model = fused(stock, Registry())
     assert not model.falls_back
     got, want = (decoded(m, [(10, 10), (4, 2)]) for m in (model, stock))
     assert mx.linalg.norm(got - want) / mx.linalg.norm(want) < 3e-2
-    assert set(host.launched) >= {"few_row_matmul", "gated_delta", "attention_inputs", "few_row_attention"}
+    assert set(host.launched) >= kernels
     # The rows that were kept, one at a time.
     alone = decoded(model, [(10, 10), (1, 1), (1, 1)])
     assert mx.array_equal(alone[mx.array([16, 18, 17, 19])], got[16:])

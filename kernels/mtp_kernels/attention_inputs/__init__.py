@@ -64,8 +64,8 @@ def check(
     for tail, position in zip(tails, positions, strict=True):
         if tail.shape != (2, shape.kv_heads, TAIL, HEAD_DIM) or tail.dtype != projected.dtype:
             raise ValueError(f"tail is {tail.shape} {tail.dtype}, expected {(2, shape.kv_heads, TAIL, HEAD_DIM)}")
-        if position.shape != (2,) or position.dtype != mx.int32:
-            raise ValueError("position must be two int32")
+        if position.shape != (3,) or position.dtype != mx.int32:
+            raise ValueError("position must be three int32")
 
 
 def attention_inputs(
@@ -80,8 +80,8 @@ def attention_inputs(
     Args:
         projected: `[N, width]` projections of all sequences: q and gate per head, k, v.
         tails: of each sequence `[2, kv_heads, 64, 256]`, keys then values of positions position[0] onwards.
-        positions: of each two int32: the first position in its tail, and that of its first new row. The caller keeps
-            position[1] + rows - position[0] <= 64. May still be uncomputed.
+        positions: of each three int32: the first position in its tail, that of its first new row, and one that is
+            `few_row_attention`'s. The caller keeps position[1] + rows - position[0] <= 64. May still be uncomputed.
         segments: which rows are whose.
         shape: the layer.
 

@@ -25,14 +25,14 @@ def case(shape: AttentionShape, dtype: mx.Dtype) -> Case:
         tails = list(mx.random.normal(tail_shape, key=tail_key).astype(dtype))
         segments = Segments.of(tuple(count for _, _, count in sequences))
         if rows == CHECK_ROWS:
-            positions = [mx.array([base, first], dtype=mx.int32) for base, first, _ in sequences]
+            positions = [mx.array([base, first, 0], dtype=mx.int32) for base, first, _ in sequences]
             queries, tails = run(projected, tails, positions, segments, shape)
             return [queries, *tails]
         parts = []
         for own, ((base, first, count), part) in enumerate(zip(sequences, segments.slices, strict=True)):
             for at in range(0, count, rows):
                 some = projected[part][at : at + rows]
-                position = mx.array([base, first + at], dtype=mx.int32)
+                position = mx.array([base, first + at, 0], dtype=mx.int32)
                 q, (tails[own],) = run(some, [tails[own]], [position], Segments.of((some.shape[0],)), shape)
                 parts.append(q)
         return [mx.concatenate(parts), *tails]

@@ -70,7 +70,7 @@ def reference(
 
 
 def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:
-    base, first = host_ints(position)
+    base, first, _ = host_ints(position)
     rows = projected.shape[0]
     wide = projected.astype(mx.float32)
     split = shape.heads * 2 * HEAD_DIM

@@ -15,17 +15,29 @@ from ..attention_inputs import TAIL
 from ..launch import CUDA_TYPES, cuda_launch, platform, source_text, version_of
 from ..segments import Segments, launch_size, numbered, of_sequence, padded
 from . import metal
-from .reference import HEAD_DIM, Context, reference
+from .reference import HEAD_DIM, Context, first_row, reference
 
-__all__ = ["MAX_QUERIES", "VERSION", "Context", "check", "few_row_attention", "reference", "supported"]
+__all__ = [
+    "MAX_QUERIES",
+    "VERSION",
+    "Context",
+    "check",
+    "few_row_attention",
+    "first_row",
+    "reference",
+    "supported",
+]
 
 MAX_QUERIES = 64
 """Most rows of a sequence times query heads per KV head in one pass."""
 _TILES = (1, 3, 6, 8)
 """Numbers of tiles of 8 columns (rows times query heads per KV head) that the kernel is compiled for."""
-_NEAR, _SHORT, _LONG = 1024, 64, 256
-"""Splits are short below the first position, then long."""
+_NEAR, _FAR = 1024, 4096
+_SHORT, _MIDDLE, _LONG = 64, 128, 256
+"""Positions of a split that begins below the first border, below the second, and beyond, as in the kernel."""
 _TILE = 64
+_RING_FEW, _RING_MANY, _FEW_TILES = 3, 2, 3
+"""Tiles of positions in shared memory at once: more of them where there are few tiles of columns."""
 _OF_CONTEXT = ("keys", "values", "tail", "position")
 _THREADS = 128
 _JOIN_THREADS, _JOIN_DIM = 512, 128
@@ -50,7 +62,7 @@ def check(queries: mx.array, contexts: Sequence[Context], segments: Segments, pr
     if queries.ndim != 3 or queries.shape[0] != sum(segments.counts) or queries.shape[2] != HEAD_DIM:
         raise ValueError(f"queries are {queries.shape}, expected [{sum(segments.counts)}, heads, {HEAD_DIM}]")
     rows, heads, _ = queries.shape
-    kv_heads = contexts[0].keys.shape[1]
+    kv_heads = contexts[0].tail.shape[1]
     if projected.shape != (rows, 2 * (heads + kv_heads) * HEAD_DIM) or projected.dtype != queries.dtype:
         raise ValueError(f"projected is {projected.shape} {projected.dtype}")
     for context, count in zip(contexts, segments.counts, strict=True):
@@ -61,14 +73,17 @@ def check(queries: mx.array, contexts: Sequence[Context], segments: Segments, pr
 
 def _check_context(context: Context, kv_heads: int, dtype: mx.Dtype) -> None:
     keys, values, tail = context.keys, context.values, context.tail
-    if keys.shape != (1, kv_heads, keys.shape[2], HEAD_DIM) or keys.shape != values.shape:
+    whole = (1, kv_heads, keys.shape[2], HEAD_DIM)
+    if keys.shape not in (whole, (1, 1, 1, HEAD_DIM)) or keys.shape != values.shape:
         raise ValueError(f"keys are {keys.shape} and values {values.shape}, expected [1, {kv_heads}, C, {HEAD_DIM}]")
+    if keys.shape != whole and context.bound is None:
+        raise ValueError("a bound of the positions must be given where keys and values are first rows")
     if tail.shape != (2, kv_heads, TAIL, HEAD_DIM):
         raise ValueError(f"tail is {tail.shape}, expected {(2, kv_heads, TAIL, HEAD_DIM)}")
     if any(a.dtype != dtype for a in (keys, values, tail)):
         raise ValueError(f"keys, values and tail must be {dtype} like the queries")
-    if context.position.shape != (2,) or context.position.dtype != mx.int32:
-        raise ValueError("position must be two int32")
+    if context.position.shape != (3,) or context.position.dtype != mx.int32:
+        raise ValueError("position must be three int32")
 
 
 def few_row_attention(
@@ -89,7 +104,7 @@ def few_row_attention(
         ValueError: shapes or dtypes that do not fit together or that the kernel does not have.
     """
     check(queries, contexts, segments, projected)
-    reason = supported(queries.shape[1], contexts[0].keys.shape[1], queries.shape[2], queries.dtype)
+    reason = supported(queries.shape[1], contexts[0].tail.shape[1], queries.shape[2], queries.dtype)
     if reason:
         raise ValueError(reason)
     if platform() == "metal":
@@ -105,9 +120,9 @@ def few_row_attention(
 def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> mx.array:
     """The two launches for sequences that one takes; spare inputs of its size repeat those of the first."""
     rows, heads, _ = queries.shape
-    kv_heads = contexts[0].keys.shape[1]
+    kv_heads = contexts[0].tail.shape[1]
     group, size = heads // kv_heads, launch_size(len(contexts))
-    splits = _split_of(max(context.keys.shape[2] for context in contexts) + TAIL - 1) + 1
+    splits = _split_of(max(context.positions for context in contexts) - 1) + 1
     tiles = next(most for most in _TILES if most * 8 >= max(segments.counts) * group)
     kind, scale = CUDA_TYPES[queries.dtype], HEAD_DIM**-0.5 * math.log2(math.e)
     keys, values, tail, position = (of_sequence(name, size) for name in _OF_CONTEXT)
@@ -120,7 +135,7 @@ def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, 
   const int sequence = blockIdx.y, row = starts[sequence];
   few_row_attention::partial<{kind}, {group}, {TAIL}, {tiles}>(queries, {keys}, {values}, {tail}, {position}, parts,
       reinterpret_cast<float2*>(stats), row, starts[sequence + 1] - row, queries_shape[0], {kv_heads},
-      {of_sequence("keys{}_shape[2]", size)}, {scale!r}f, smem);
+      ({position})[2], {scale!r}f, smem);
 """,
         (
             "queries",
@@ -151,9 +166,9 @@ def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, 
         f"""
   const int m = blockIdx.x / {heads * HEAD_DIM // _JOIN_DIM};
   int sequence = 0;
-  while (m >= starts[sequence + 1]) ++sequence;
+  while (sequence < {size - 1} && m >= starts[sequence + 1]) ++sequence;
   few_row_attention::join<{kind}, {group}>(parts, reinterpret_cast<const float2*>(stats), projected, y,
-      ({position})[1] + m - starts[sequence], projected_shape[0], {kv_heads});
+      ({position})[1] + m - (sequence ? starts[sequence] : 0), projected_shape[0], {kv_heads});
 """,
         ("parts", "stats", "projected", "starts", *numbered("position", size)),
         ("y",),
@@ -171,10 +186,14 @@ def _launch(queries: mx.array, contexts: Sequence[Context], segments: Segments, 
 
 def _split_of(position: int) -> int:
     """The split that a position lies in, as in the kernel."""
-    return position // _SHORT if position < _NEAR else _NEAR // _SHORT + (position - _NEAR) // _LONG
+    if position < _NEAR:
+        return position // _SHORT
+    if position < _FAR:
+        return _NEAR // _SHORT + (position - _NEAR) // _MIDDLE
+    return _NEAR // _SHORT + (_FAR - _NEAR) // _MIDDLE + (position - _FAR) // _LONG
 
 
 def _shared_bytes(tiles: int) -> int:
-    """Shared memory of a block: queries, a tile of keys and one of values, weights, and what warps tell each other."""
-    columns = tiles * 8
-    return (columns * (HEAD_DIM + _TILE) + 2 * _TILE * HEAD_DIM) * 2 + (_THREADS // 32 + 1) * columns * 4
+    """Shared memory of a block: queries, a ring of tiles, weights, and what warps tell each other."""
+    columns, ring = tiles * 8, _RING_FEW if tiles <= _FEW_TILES else _RING_MANY
+    return (columns * (HEAD_DIM + _TILE) + ring * _TILE * HEAD_DIM) * 2 + (_THREADS // 32 + 1) * columns * 4

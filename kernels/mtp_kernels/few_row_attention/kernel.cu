@@ -10,20 +10,29 @@ constexpr int kDim = 256;
 constexpr int kTile = 64;      // positions that are loaded and reduced together
 constexpr int kThreads = 128;  // a warp takes 16 positions of the scores, then 64 dimensions of the weighted sums
 constexpr int kWarps = kThreads / 32;
+// Tiles in shared memory, the one in use and those on their way: as many as let two blocks share a multiprocessor.
+constexpr int kRingFew = 3, kRingMany = 2;
+constexpr int kFewTiles = 3;
 // Splits are short where a short context needs many of them, and long where a long one would join too many.
-constexpr int kNear = 1024;
-constexpr int kShort = 64, kLong = 256;
+constexpr int kNear = 1024, kFar = 4096;
+constexpr int kShort = 64, kMiddle = 128;
+constexpr int kLong = 256;
+constexpr int kNearSplits = kNear / kShort, kFarSplits = kNearSplits + (kFar - kNear) / kMiddle;
 constexpr int kJoinWays = 16;  // splits joined side by side
 constexpr int kJoinDim = 128;  // dimensions that a block joins
 constexpr int kJoinThreads = kJoinWays * kJoinDim / 4;
 #define kNone __int_as_float(0xff800000)  // minus infinity: no position seen
 
 __device__ __forceinline__ int split_of(int position) {
-  return position < kNear ? position / kShort : kNear / kShort + (position - kNear) / kLong;
+  return position < kNear  ? position / kShort
+         : position < kFar ? kNearSplits + (position - kNear) / kMiddle
+                           : kFarSplits + (position - kFar) / kLong;
 }
 
 __device__ __forceinline__ int split_start(int split) {
-  return split < kNear / kShort ? split * kShort : kNear + (split - kNear / kShort) * kLong;
+  return split < kNearSplits  ? split * kShort
+         : split < kFarSplits ? kNear + (split - kNearSplits) * kMiddle
+                              : kFar + (split - kFarSplits) * kLong;
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -38,8 +47,11 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, boo
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }
 
-// Until at most the newest group of copies is on its way.
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 1;\n" ::: "memory"); }
+// Until at most the newest NEWEST groups of copies are on their way.
+template <int NEWEST>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(NEWEST) : "memory");
+}
 
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
@@ -98,14 +110,13 @@ __device__ __forceinline__ void copy_tile(T* target, const T* main, const T* tai
 }
 
 // Weighted sums, highest scores and sums of weights of one split, for up to TILES * 8 columns.
-template <typename T, int GROUP, int TILES>
+template <typename T, int GROUP, int TILES, int RING>
 __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, int query_stride, int start, int end,
                                        float* out, float2* stats, float scale, unsigned char* smem) {
   constexpr int kColumns = TILES * 8;
-  T* query = reinterpret_cast<T*>(smem);   // [kColumns][kDim]
-  T* key = query + kColumns * kDim;        // [kTile][kDim]
-  T* value = key + kTile * kDim;           // [kTile][kDim]
-  T* weight = value + kTile * kDim;        // [kColumns][kTile]
+  T* query = reinterpret_cast<T*>(smem);    // [kColumns][kDim]
+  T* ring = query + kColumns * kDim;        // [RING][kTile][kDim]: keys and values of a tile, then of the next
+  T* weight = ring + RING * kTile * kDim;   // [kColumns][kTile]
   float* exchange = reinterpret_cast<float*>(weight + kColumns * kTile);  // [5][kColumns]
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, swap = lane & 7;
   const int count = s.rows * GROUP, length = s.first + s.rows;
@@ -117,18 +128,24 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
     const T* source = queries + (present ? n / GROUP * query_stride + n % GROUP * kDim : 0);
     copy_async(query + n * kDim + (lane ^ (n & 7)) * 8, source + lane * 8, present);
   }
-  copy_tile(key, s.keys, s.key_tail, s.base, start, length);
-  commit_copies();
-  copy_tile(value, s.values, s.value_tail, s.base, start, length);
-  commit_copies();
+  // Tile t's keys are the ring's copy 2t, its values 2t + 1.
+  auto copy = [&](int number) {
+    const int at = start + number / 2 * kTile;
+    T* target = ring + number % RING * kTile * kDim;
+    if (at < end && number % 2 == 0) copy_tile(target, s.keys, s.key_tail, s.base, at, length);
+    if (at < end && number % 2 == 1) copy_tile(target, s.values, s.value_tail, s.base, at, length);
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < RING; ++i) copy(i);
 
   // Addresses of a lane's matrices: chunks 8 apart are `kEight` bytes apart, those between are swapped.
-  constexpr unsigned kRow = kDim * sizeof(T), kEight = 64 * sizeof(T), kChunk = 8 * sizeof(T);
+  constexpr unsigned kRow = kDim * sizeof(T), kEight = 64 * sizeof(T), kChunk = 8 * sizeof(T), kWhole = kTile * kRow;
   unsigned key_at[4], query_at[2], value_at[4], weight_at[2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    key_at[i] = shared_address(key) + (warp * 16 + (lane & 15)) * kRow + ((i * 2 + (lane >> 4)) ^ swap) * kChunk;
-    value_at[i] = shared_address(value) + ((lane >> 4) * 8 + swap) * kRow + warp * kEight +
+    key_at[i] = shared_address(ring) + (warp * 16 + (lane & 15)) * kRow + ((i * 2 + (lane >> 4)) ^ swap) * kChunk;
+    value_at[i] = shared_address(ring) + ((lane >> 4) * 8 + swap) * kRow + warp * kEight +
                   ((i * 2 + (lane >> 3 & 1)) ^ swap) * kChunk;
   }
 #pragma unroll
@@ -142,8 +159,9 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
 #pragma unroll
   for (int n = 0; n < TILES; ++n) top[n][0] = top[n][1] = kNone;
 
-  for (int at = start; at < end; at += kTile) {
-    wait_for_copies();
+  for (int at = start, number = 0; at < end; at += kTile, number += 2) {
+    const unsigned key_tile = number % RING * kWhole, value_tile = (number + 1) % RING * kWhole;
+    wait_for_copies<RING - 1>();
     __syncthreads();
     // Scores [16 positions of this warp, columns]: even and odd steps of 16 dimensions apart, then together.
     float score[TILES][4];
@@ -154,8 +172,8 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
 #pragma unroll
       for (int pair = 0; pair < kDim / 32; ++pair) {
         unsigned a[4], b[4];
-        load_matrices(a, key_at[pair % 2 * 2] + pair / 2 * kEight);
-        load_matrices(b, key_at[pair % 2 * 2 + 1] + pair / 2 * kEight);
+        load_matrices(a, key_tile + key_at[pair % 2 * 2] + pair / 2 * kEight);
+        load_matrices(b, key_tile + key_at[pair % 2 * 2 + 1] + pair / 2 * kEight);
 #pragma unroll
         for (int n = 0; n < kTogether; ++n) {
           unsigned q[4];
@@ -190,8 +208,7 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
         if (lane < 4) exchange[warp * kColumns + n * 8 + lane * 2 + j] = highest;
       }
     __syncthreads();
-    if (at + kTile < end) copy_tile(key, s.keys, s.key_tail, s.base, at + kTile, length);
-    commit_copies();
+    copy(number + RING);
 
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
@@ -217,7 +234,7 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
           total[m][n][j + 2] = __fmul_rn(total[m][n][j + 2], factor);
         }
       }
-    wait_for_copies();
+    wait_for_copies<RING - 1>();
     __syncthreads();
     // Weighted sums [64 dimensions of this warp, columns].
 #pragma unroll
@@ -230,15 +247,14 @@ __device__ __forceinline__ void reduce(const Sequence<T>& s, const T* queries, i
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           unsigned v[4];
-          load_transposed(v, value_at[m] + (half * 32 + step * 16) * kRow);
+          load_transposed(v, value_tile + value_at[m] + (half * 32 + step * 16) * kRow);
 #pragma unroll
           for (int n = 0; n < TILES; ++n) multiply(total[m][n], v, w[n][step * 2], w[n][step * 2 + 1], query);
         }
       }
     }
     __syncthreads();
-    if (at + kTile < end) copy_tile(value, s.values, s.value_tail, s.base, at + kTile, length);
-    commit_copies();
+    copy(number + 1 + RING);
   }
 
 #pragma unroll
@@ -288,15 +304,16 @@ __device__ __forceinline__ void partial(const T* queries, const T* keys, const T
   const T* own = queries + static_cast<size_t>(row) * stride + head * GROUP * kDim;
   const size_t place = (static_cast<size_t>(split) * kv_heads + head) * all_rows * GROUP + row * GROUP;
   out += place * kDim, stats += place;
+  constexpr int kRing = MOST <= kFewTiles ? kRingFew : kRingMany;
   const int tiles = (rows * GROUP + 7) / 8;
   if (tiles <= 1) {
-    reduce<T, GROUP, 1>(s, own, stride, start, end, out, stats, scale, smem);
+    reduce<T, GROUP, 1, kRing>(s, own, stride, start, end, out, stats, scale, smem);
   } else if (MOST <= 3 || tiles <= 3) {
-    if constexpr (MOST >= 3) reduce<T, GROUP, 3>(s, own, stride, start, end, out, stats, scale, smem);
+    if constexpr (MOST >= 3) reduce<T, GROUP, 3, kRing>(s, own, stride, start, end, out, stats, scale, smem);
   } else if (MOST <= 6 || tiles <= 6) {
-    if constexpr (MOST >= 6) reduce<T, GROUP, 6>(s, own, stride, start, end, out, stats, scale, smem);
+    if constexpr (MOST >= 6) reduce<T, GROUP, 6, kRing>(s, own, stride, start, end, out, stats, scale, smem);
   } else {
-    if constexpr (MOST >= 8) reduce<T, GROUP, 8>(s, own, stride, start, end, out, stats, scale, smem);
+    if constexpr (MOST >= 8) reduce<T, GROUP, 8, kRing>(s, own, stride, start, end, out, stats, scale, smem);
   }
 }
 
@@ -307,7 +324,7 @@ __device__ __forceinline__ void join(const float* parts, const float2* stats, co
                                      int rows, int kv_heads) {
   __shared__ __align__(16) float way_total[kJoinWays][kJoinDim];
   __shared__ float way_sum[kJoinWays];
-  constexpr int kAtOnce = 5;
+  constexpr int kAtOnce = 6;
   const int heads = kv_heads * GROUP, block = blockIdx.x / (kDim / kJoinDim);
   const int m = block / heads, h = block - m * heads, dims = blockIdx.x % (kDim / kJoinDim) * kJoinDim;
   const int way = threadIdx.x / (kJoinDim / 4), quad = threadIdx.x % (kJoinDim / 4), lane = threadIdx.x & 31;
@@ -327,6 +344,9 @@ __device__ __forceinline__ void join(const float* parts, const float2* stats, co
     }
   };
   load(way);  // on its way while the highest score is found
+  const size_t width = static_cast<size_t>(2 * heads + 2 * kv_heads) * kDim;
+  const int dim = dims + threadIdx.x % kJoinDim;
+  const T gate_of = projected[m * width + (2 * h + 1) * kDim + dim];
   float top = kNone, sum = 0.0f;
   for (int s = lane; s < splits; s += 32) top = fmaxf(top, stats[s * stride].x);
 #pragma unroll
@@ -346,15 +366,13 @@ __device__ __forceinline__ void join(const float* parts, const float2* stats, co
   if (quad == 0) way_sum[way] = sum;
   __syncthreads();
   if (threadIdx.x >= kJoinDim) return;
-  const int dim = dims + threadIdx.x;
   float whole = way_total[0][threadIdx.x], weight = way_sum[0];
 #pragma unroll
   for (int i = 1; i < kJoinWays; ++i) {
     whole = __fadd_rn(whole, way_total[i][threadIdx.x]);
     weight = __fadd_rn(weight, way_sum[i]);
   }
-  const size_t width = static_cast<size_t>(2 * heads + 2 * kv_heads) * kDim;
-  const float gate = static_cast<float>(projected[m * width + (2 * h + 1) * kDim + dim]);
+  const float gate = static_cast<float>(gate_of);
   y[(static_cast<size_t>(m) * heads + h) * kDim + dim] =
       static_cast<T>(__fdiv_rn(whole, weight) / (1.0f + __expf(-gate)));
 }

@@ -34,7 +34,7 @@ _PARTIAL = """
 #pragma clang loop unroll(full)
     for (int p = 0; p < kBlock; ++p) {
       const int read = min(at + p, last);
-      const device T* key = cache_row(keys, tail, base, keys_shape[2], TAIL, kv_head, read) + lane * kOwn;
+      const device T* key = cache_row(keys, tail, base, position[2], TAIL, kv_head, read) + lane * kOwn;
       float k[kOwn];
 #pragma clang loop unroll(full)
       for (int i = 0; i < kOwn; ++i) k[i] = float(key[i]);
@@ -61,7 +61,7 @@ _PARTIAL = """
 #pragma clang loop unroll(full)
     for (int p = 0; p < kBlock; ++p) {
       const int read = min(at + p, last);
-      const device T* value = cache_row(values, value_tail, base, keys_shape[2], TAIL, kv_head, read) + lane * kOwn;
+      const device T* value = cache_row(values, value_tail, base, position[2], TAIL, kv_head, read) + lane * kOwn;
       float v[kOwn];
 #pragma clang loop unroll(full)
       for (int i = 0; i < kOwn; ++i) v[i] = float(value[i]);
@@ -114,8 +114,8 @@ def _alone(queries: mx.array, context: Context, projected: mx.array) -> mx.array
     keys, values, tail, position = context.keys, context.values, context.tail, context.position
     rows, heads, _ = queries.shape
     tail_rows = tail.shape[2]
-    splits = (keys.shape[2] + tail_rows - 1) // 64 + 1
-    kv_heads, group = keys.shape[1], heads // keys.shape[1]
+    splits = (context.positions - 1) // 64 + 1
+    kv_heads, group = tail.shape[1], heads // tail.shape[1]
     together = min(rows, _ROWS)
     simdgroups = group * -(-rows // together)
     constants = f"""

@@ -7,9 +7,10 @@ from typing import cast
 import mlx.core as mx
 
 from ..attention_inputs import TAIL
+from ..launch import stands_in
 from ..registry import CHECK_ROWS, Case, Run
 from ..segments import Segments
-from . import VERSION, Context, few_row_attention
+from . import VERSION, Context, few_row_attention, first_row
 from .reference import HEAD_DIM, reference
 
 BASE = 250
@@ -42,7 +43,11 @@ def case(heads: int, kv_heads: int, dtype: mx.Dtype, base: int = BASE) -> Case:
 
         def context(own: int, at: int) -> Context:
             tail_base, first, _ = sequences[own]
-            return Context(k[own], v[own], tail[own], mx.array([tail_base, first + at], dtype=mx.int32))
+            keys, values = k[own], v[own]
+            if run is few_row_attention and not stands_in():  # as a model gives them
+                keys, values = first_row(keys), first_row(values)
+            position = mx.array([tail_base, first + at, capacity], dtype=mx.int32)
+            return Context(keys, values, tail[own], position, capacity + TAIL)
 
         segments = Segments.of(tuple(count for _, _, count in sequences))
         if rows == CHECK_ROWS:

@@ -18,15 +18,33 @@ class Context:
     """What the rows of one sequence attend to.
 
     Attributes:
-        keys, values: `[1, kv_heads, C, 256]`; positions below position[0] are read from them.
+        keys, values: `[1, kv_heads, C, 256]`; positions below position[0] are read from them. A kernel takes their
+            `first_row` as well and reads on from there.
         tail: `[2, kv_heads, 64, 256]`, keys and values from position[0] on, the new rows' included.
-        position: two int32: first position in the tail, position of the first row. May still be uncomputed.
+        position: three int32: first position in the tail, position of the first row, C. May still be uncomputed.
+        bound: no row lies at this position or beyond, by which launches are sized; None: as buffer and tail allow.
     """
 
     keys: mx.array
     values: mx.array
     tail: mx.array
     position: mx.array
+    bound: int | None = None
+
+    @property
+    def positions(self) -> int:
+        """How many positions there may be."""
+        return self.keys.shape[2] + self.tail.shape[2] if self.bound is None else self.bound
+
+
+def first_row(buffer: mx.array) -> mx.array:
+    """The first row of keys or values, `[1, 1, 1, 256]`, in the buffer's own memory.
+
+    Its shape does not change when a buffer grows, so that a compiled function need not either. Being contiguous it is
+    given to a kernel as it lies, with the rest of the buffer behind it. While it lives, MLX does not write the buffer
+    in place.
+    """
+    return buffer[:, :1, :1]
 
 
 def reference(queries: mx.array, contexts: Sequence[Context], segments: Segments, projected: mx.array) -> mx.array:
@@ -36,7 +54,7 @@ def reference(queries: mx.array, contexts: Sequence[Context], segments: Segments
 
 
 def _alone(queries: mx.array, context: Context, projected: mx.array) -> mx.array:
-    base, first = host_ints(context.position)
+    base, first, _ = host_ints(context.position)
     keys, values, tail = context.keys, context.values, context.tail
     rows, heads, _ = queries.shape
     used = first - base + rows

@@ -14,6 +14,7 @@ from ..few_row_matmul import Matrix
 from ..few_row_matmul import supported as matrices_supported
 from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, platform, source_text, version_of
 from . import metal
+from .many_rows import many_row_experts, router_logits
 from .reference import Experts, choose, reference, stock
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "Experts",
     "choose",
     "few_row_experts",
+    "many_row_experts",
     "most_rows",
     "reference",
+    "router_logits",
     "stock",
     "supported",
 ]
@@ -84,7 +87,7 @@ def few_row_experts(
     _check(x, logits, experts, norm_weight)
     if platform() == "metal":
         return metal.launch(x, logits, experts, norm_weight, eps)
-    return _leave(x, experts, *_enter(x, logits, experts, norm_weight, eps))
+    return leave(x, experts, *enter(x, logits, experts, norm_weight, eps))
 
 
 def _check(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array) -> None:
@@ -140,7 +143,7 @@ def _named(matrices: Sequence[tuple[str, Matrix]]) -> tuple[list[str], list[mx.a
     return names, arrays, text
 
 
-def _enter(
+def enter(
     x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
     """Products of SwiGLU by pair and of the shared expert; the experts' slots, their pairs and the weights."""
@@ -189,7 +192,7 @@ def _enter(
     return activated, shared, slots_made, pairs_made, weights
 
 
-def _leave(
+def leave(
     x: mx.array,
     experts: Experts,
     activated: mx.array,
