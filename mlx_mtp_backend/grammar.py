@@ -29,6 +29,7 @@ MAX_KEPT = 32  # compiled formats kept for the next request with the same rule
 
 # A compilation takes at most some 100 ms and a mask some 10 ms; more is refused. The lexer's states take 1-2 kB each.
 _LIMITS = LLParserLimits(
+    initial_lexer_fuel=100_000,
     max_lexer_states=50_000,
     max_grammar_size=100_000,
     step_lexer_fuel=100_000,
@@ -124,7 +125,7 @@ def _compiled(vocabulary: LLTokenizer, wanted: ResponseFormat) -> LLMatcher:
     probe = matcher.deep_copy()
     nothing = not any(probe.compute_bitmask())
     if problem := probe.get_error():
-        log.info("a response format was refused: %s", problem[:300])
+        log.info("a response format was refused: %s", problem.partition("\n")[0][:300])
     if nothing or probe.is_error():
         raise _refused(_problem(wanted.kind, problem))
     return matcher
@@ -225,7 +226,7 @@ class Grammar:
             return None
         words = np.frombuffer(place.matcher.compute_bitmask(), dtype=np.uint32)
         if place.matcher.is_error():
-            log.info("a grammar broke off: %s", place.matcher.get_error()[:300])
+            log.info("a grammar broke off: %s", place.matcher.get_error().partition("\n")[0][:300])
             raise EngineError(ErrorReason.GRAMMAR_LIMIT, "following the response format takes too much work")
         return words
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
 from mlx_mtp_backend.untrusted import RefusedFileError, allowed_roots, read_untrusted
 from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
-from router.gguf import GgufError, GgufHeader, read_gguf_header
+from router.gguf import GgufError, read_gguf_header
+from router.gguf_header import GgufHeader
 from router.gguf_split import SplitError, parts
 
 THINKING_SWITCH = "enable_thinking"  # the variable by which chat templates switch thinking

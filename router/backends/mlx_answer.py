@@ -269,8 +269,8 @@ def router_error(error: engine.EngineError, model: str) -> RouterError:
         case engine.ErrorReason.TOKEN_OUT_OF_RANGE:
             return invalid(FIELDS.get(error.field or "", "prompt"), "a token is not in the model's vocabulary")
         case engine.ErrorReason.GRAMMAR_LIMIT:
-            message = "following the response format took more work than is allowed for a token"
-            return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})
+            # The format's own doing, each time again: nothing to retry, and no sign that the engine is ill.
+            return invalid("response_format", "following it takes more work than is allowed for a token")
         case _:
             message = f"the MLX engine failed on model {model!r}"
             return RouterError(ErrorReason.BACKEND_FAILED, message, metadata={**metadata, "problem": reason.value})

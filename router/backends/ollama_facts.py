@@ -9,7 +9,7 @@ from typing import Any
 from ollama import ShowResponse
 
 from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
-from router.gguf import gguf_cache_bytes
+from router.gguf_header import gguf_cache_bytes
 
 MAX_TEXT = 400  # characters of evidence
 

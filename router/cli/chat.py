@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from router.cli.connection import connect
-from router.cli.failures import OK, describe
+from router.cli.failures import OK, UsageError, describe
 from router.cli.fields import generation_fields
 from router.cli.generate import start
 from router.cli.output import print_answer
@@ -48,11 +48,13 @@ def _beginning(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
 
 
 def _read(prompt: str) -> str | None:
-    """The next line; None at the end of input, "" where Ctrl-C discarded it."""
+    """The next line; None at the end of input, "" where Ctrl-C discarded it. Raises UsageError."""
     try:
         return input(prompt)
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not UTF-8 text") from None
     except KeyboardInterrupt:
         print()
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from router.pull import PullError
 def run(argv: Sequence[str] | None) -> int:
     """Runs one command and returns its exit status. Raises KeyboardInterrupt."""
     arguments = build_parser().parse_args(argv)
+    _settle_encodings()
     try:
         status = _command(arguments.command)(arguments)
         sys.stdout.flush()
@@ -35,6 +37,15 @@ def run(argv: Sequence[str] | None) -> int:
         # The reader has enough; without this, Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _settle_encodings() -> None:
+    """Pipes and files carry UTF-8, whatever the locale says; a terminal that cannot show a character shows its code."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="strict")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -31,6 +31,8 @@ def describe(error: RouterCallError, target: str, *, begun: bool = False) -> str
         if begun:
             return f"the server at {target} is gone; the text so far is a prefix, not the answer"
         return f"no server answers at {target}: none runs, or it is shutting down; `mtp-router serve` starts one"
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.reason and "larger than max" in error.message:
+        return f"the request is larger than the server at {target} takes; its settings say server.max_request_bytes"
     again = f"; try again in {error.retry_after:g} s" if error.retry_after is not None else ""
     return f"{error.reason or error.code.name}: {one_line(str(error))}{again}"
 

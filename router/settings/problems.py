@@ -27,7 +27,10 @@ def _in_words(item: ErrorDetails) -> str:
     """What is wrong with one setting, in the words of the file where pydantic's are those of Python."""
     match item["type"]:
         case "extra_forbidden":
-            near = get_close_matches(str(item["loc"][-1]), _setting_names(), n=1)
+            name, known = str(item["loc"][-1]), _setting_names()
+            if name in known:
+                return "there is no such setting in this table"
+            near = get_close_matches(name, known, n=1)
             return "there is no such setting" + (f"; is {near[0]!r} meant?" if near else "")
         case "union_tag_not_found" | "union_tag_invalid":
             return f"kind must be one of {', '.join(KINDS)}"

@@ -225,8 +225,8 @@ PROCESSOR_BUGS = [
     (
         "grammar moved on by drafts that fell",
         grammar,
-        "after = place.matcher.deep_copy()",
-        "after = place.matcher",
+        "self._here = self._place(tuple(tokens))",
+        "self._here = self._place(max(self._ahead, key=len, default=tuple(tokens)))",
         "JSON",
     ),
 ]

@@ -232,6 +232,21 @@ def test_a_limit_met_at_a_token_that_may_follow_sets_no_reply_free(text, monkeyp
         assert caught.value.reason is ErrorReason.GRAMMAR_LIMIT
 
 
+def test_a_repetition_that_takes_seconds_to_compile_is_cut_short(text):
+    letter = text.encode("a")
+
+    def reply(rule):
+        follower = text.compile(ResponseFormat(FormatKind.REGEX, rule))
+        for _ in range(3):
+            follower.mask(())
+            follower.commit(letter)
+
+    reply("(a{200}){200}")
+    with pytest.raises(EngineError) as caught:
+        reply("(a{500}){500}")
+    assert caught.value.reason is ErrorReason.GRAMMAR_LIMIT
+
+
 def test_ids_that_pad_the_vocabulary_stand_for_nothing(text):
     size = text._tokenizer.get_vocab_size()
     assert [text.token_bytes(token) for token in (size, size + 63)] == [b"", b""]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from router import gguf as reader
-from router.gguf import GgufError, GgufHeader, read_gguf_header
+from router.gguf import GgufError, read_gguf_header
+from router.gguf_header import GgufHeader, gguf_cache_bytes
 
 SECONDS = 3.0  # of processor time; 0.5 on the machine this was written on
 MEGABYTES = 50
@@ -247,7 +248,7 @@ SIZES = {"block_count": 4, "embedding_length": 64, "attention.head_count": 8, "a
 )
 def test_what_a_token_of_context_takes(sizes: dict[str, object], cache: int | None) -> None:
     keys = {f"llama.{key}": value for key, value in sizes.items() if value is not None}
-    assert reader.gguf_cache_bytes({"general.architecture": "llama", **keys}) == cache
+    assert gguf_cache_bytes({"general.architecture": "llama", **keys}) == cache
 
 
 def test_many_stored_strings_are_refused(read) -> None:  # type: ignore[no-untyped-def]

@@ -68,6 +68,7 @@ def test_bad_settings_are_refused(tmp_path: Path, text: str, said: str) -> None:
     [
         ("[server]\nlistn = 'x'\n", "server.listn: there is no such setting; is 'listen' meant?"),
         ("[models.a]\npth = 'x'\n", "models.a.pth: there is no such setting; is 'path' meant?"),
+        ("[models.a]\npath='x'\nmodels=3\n", "models.a.models: there is no such setting in this table"),
         ("zzz = 1\n", "zzz: there is no such setting"),
         ("[backends.x]\nurl='y'\n", "backends.x: kind must be one of llama_cpp, mlx, ollama, llama_server"),
         ("[backends.x]\nkind='y'\n", "backends.x: kind must be one of llama_cpp, mlx, ollama, llama_server"),

@@ -550,3 +550,43 @@ def test_standard_input_that_is_not_text_is_told(
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"mtp-router: standard input is not UTF-8 text\n"
     assert not router.requests
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_pipe_carries_utf8_whatever_the_locale(router: FakeRouter, command: list[str], form: list[str]) -> None:
+    router.script = answer("caf\u00e9 \U0001f600")
+    done = subprocess.run(
+        [*command, "generate", "--target", router.address, "--model", "tiny", "--prompt", "x", *form],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "caf\u00e9 \U0001f600" in done.stdout.decode()
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_its_code(
+    router: FakeRouter, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.script = answer("caf\u00e9")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    status, seen = on_a_terminal([*command, "generate", "--target", router.address, "--model", "tiny", "--prompt", "x"])
+    assert status == 0
+    assert "caf\\xe9" in seen
+
+
+def test_chat_tells_of_input_that_is_not_text(router: FakeRouter, command: list[str]) -> None:
+    done = subprocess.run(
+        [*command, "chat", "--target", router.address, "--model", "tiny"],
+        input=b"\x9c\n",
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"mtp-router: standard input is not UTF-8 text\n"
+
+
+def test_a_request_that_is_too_large_is_told(router: FakeRouter, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "long.txt").write_text("word " * 1_000_000)
+    assert generate(router, "--file", str(tmp_path / "long.txt")) == 1
+    assert f"larger than the server at {router.address} takes" in capsys.readouterr().err

@@ -134,6 +134,15 @@ async def test_drafting_that_cannot_be_done_is_refused(client: AsyncClient) -> N
     assert finished.speculation.drafted_tokens == 0
 
 
+async def test_a_format_that_takes_too_much_work_is_the_callers_own_fault(client: AsyncClient) -> None:
+    for _ in range(6):  # more than open a breaker
+        with pytest.raises(RouterCallError) as caught:
+            await client.generate("plain", prompt="x", regex="(a{500}){500}", temperature=0.0, max_output_tokens=20)
+        assert caught.value.reason == "INVALID_REQUEST"
+        assert [violation.field for violation in caught.value.violations] == ["response_format"]
+    assert (await client.generate("plain", prompt="x", max_output_tokens=2)).finished.usage.output_tokens == 2
+
+
 async def test_stopping(client: AsyncClient) -> None:
     options = {"temperature": 0.0, "max_output_tokens": 12}
     text, _, finished = await text_of(client, "words", **options)
