@@ -120,5 +120,8 @@ def joined(pieces: Iterable[Delta]) -> Delta:
 
 
 def _size(delta: Delta) -> int:
-    text = len(delta.text) + len(delta.reasoning_text) + sum(len(call.arguments_json) for call in delta.tool_calls)
+    text = len(delta.text) + len(delta.reasoning_text)
+    if not (delta.tool_calls or delta.logprobs):  # nearly every one
+        return text
+    text += sum(len(call.arguments_json) for call in delta.tool_calls)
     return text + PER_LOGPROB * sum(1 + len(item.top) for item in delta.logprobs)
