@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Generator
@@ -59,6 +62,7 @@ class Worker:
         if mx.default_device().type == mx.cpu:
             # On a CPU MLX compiles through g++ at run time: seconds of stall each time, for a few percent.
             mx.disable_compile()
+            _yield_to_others(self._options.cpu_nice)
         try:
             while not self._closing:
                 for command in self._inbox.take(self._patience()):
@@ -318,6 +322,14 @@ class Worker:
             self._remember(resident)
         self._residents.clear()
         _release_memory()
+
+
+def _yield_to_others(nice: int) -> None:
+    """Lowers the priority of this thread and of those that MLX will start from it to compute on the CPU; on Linux,
+    where a thread has one of its own."""
+    thread = threading.get_native_id()
+    if sys.platform == "linux" and nice > os.getpriority(os.PRIO_PROCESS, thread):
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _report(command: Load, progress: LoadProgress) -> None:
