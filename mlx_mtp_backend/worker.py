@@ -30,6 +30,8 @@ from mlx_mtp_backend.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
+LOWEST = 19  # priority of a thread on Linux
+
 
 class NoDrafter:
     """Plain decoding."""
@@ -327,9 +329,9 @@ class Worker:
 def _yield_to_others(nice: int) -> None:
     """Lowers the priority of this thread and of those that MLX will start from it to compute on the CPU; on Linux,
     where a thread has one of its own."""
-    thread = threading.get_native_id()
-    if sys.platform == "linux" and nice > os.getpriority(os.PRIO_PROCESS, thread):
-        os.setpriority(os.PRIO_PROCESS, thread, nice)
+    if sys.platform == "linux" and nice:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(LOWEST, os.getpriority(os.PRIO_PROCESS, thread) + nice))
 
 
 def _report(command: Load, progress: LoadProgress) -> None:

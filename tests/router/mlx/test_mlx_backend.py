@@ -355,12 +355,10 @@ async def test_a_load_that_nobody_waits_for_is_given_up(client: AsyncClient, mon
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
 async def test_decoding_on_the_cpu_yields_to_serving(client: AsyncClient) -> None:
     await text_of(client, "random")
-    nice = {
-        thread.name: os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path("/proc/self/task").iterdir()
-    }
+    nice = {int(thread): os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}
     (engine,) = (thread for thread in threading.enumerate() if thread.name == "mlx-engine")
     mine = nice[threading.get_native_id()]
-    assert nice[engine.native_id] == MlxSettings().cpu_nice > mine
+    assert nice[engine.native_id] == min(mine + MlxSettings().cpu_nice, 19) > mine
     assert sum(value > mine for value in nice.values()) > 1  # MLX's own threads, too
 
 
