@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Generator
@@ -27,10 +24,9 @@ from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
 from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
+from mlx_mtp_backend.threads import yield_to_others
 
 log = logging.getLogger(__name__)
-
-LOWEST = 19  # priority of a thread on Linux
 
 
 class NoDrafter:
@@ -64,7 +60,8 @@ class Worker:
         if mx.default_device().type == mx.cpu:
             # On a CPU MLX compiles through g++ at run time: seconds of stall each time, for a few percent.
             mx.disable_compile()
-            _yield_to_others(self._options.cpu_nice)
+            if self._options.cpu_nice:
+                yield_to_others(self._options.cpu_nice)
         try:
             while not self._closing:
                 for command in self._inbox.take(self._patience()):
@@ -324,14 +321,6 @@ class Worker:
             self._remember(resident)
         self._residents.clear()
         _release_memory()
-
-
-def _yield_to_others(nice: int) -> None:
-    """Lowers the priority of this thread and of those that MLX will start from it to compute on the CPU; on Linux,
-    where a thread has one of its own."""
-    if sys.platform == "linux" and nice:
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(LOWEST, os.getpriority(os.PRIO_PROCESS, thread) + nice))
 
 
 def _report(command: Load, progress: LoadProgress) -> None:

@@ -358,8 +358,8 @@ async def test_decoding_on_the_cpu_yields_to_serving(client: AsyncClient) -> Non
     nice = {int(thread): os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}
     (engine,) = (thread for thread in threading.enumerate() if thread.name == "mlx-engine")
     mine = nice[threading.get_native_id()]
-    assert nice[engine.native_id] == min(mine + MlxSettings().cpu_nice, 19) > mine
-    assert sum(value > mine for value in nice.values()) > 1  # MLX's own threads, too
+    assert nice[engine.native_id] == mine  # it holds the interpreter's lock
+    assert sum(value == min(mine + MlxSettings().cpu_nice, 19) for value in nice.values()) >= 1
 
 
 async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:
