@@ -27,6 +27,7 @@ from benchmarks.fault_cells import (
     busy,
     router,
 )
+from mlx_mtp_backend.families.base import Hidden
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.synthetic import Recipe, write
 from mlx_mtp_backend.worker import Worker
@@ -41,9 +42,10 @@ from support.ollama_process import Double  # isort: skip
 
 SICK, WELL = 64, 96  # hidden sizes, by which the faults tell the models apart
 PLACES = 2  # of the engine
-PACE = 0.005  # seconds that a pass of either model takes longer
-SLICE = 0.05  # seconds that a slice of a load takes longer
-STALL = 5.0  # seconds
+PACE = 0.003  # seconds that a pass of either model takes longer
+SLICE = 0.02  # seconds that a slice of a load takes longer
+FIRST_TOKEN, TOKEN = 4.0, 4.0  # seconds without a sign of life
+STALL = 6.0  # seconds
 PROMPT = {"prompt": "Once upon a time", "ignore_end_of_generation": True}
 LONG = {**PROMPT, "prompt": "Once upon a time " * 60}
 BUILD, DEVICE, DIES = "round cannot be built", "device fails", "engine's thread dies"
@@ -83,9 +85,11 @@ class Plant:
             hits = self.armed and model.hidden_size == SICK
             if hits and self._fault == BUILD:
                 raise ValueError("planted")
+            out = real(model, tokens, *arguments)
             if hits and self._fault == DEVICE:
-                tokens = tokens + mx.sum(self._unreadable()).astype(tokens.dtype)
-            return real(model, tokens, *arguments)
+                lost = mx.sum(self._unreadable()).astype(out.normed.dtype)
+                return Hidden(out.normed + lost, out.carried + lost)
+            return out
 
         return trunk
 
@@ -189,13 +193,15 @@ def _checkpoint(hidden: int) -> Path:
 async def scene(fault: str) -> AsyncIterator[MlxScene]:
     """A router with two checkpoints on the engine, and a double of an Ollama server."""
     lifecycle, double = Lifecycle(), Double()
+    # Nothing yields here: a machine that is busy with something else must not look like an engine that stalls.
     settings = MlxSettings(
         allow_cpu=True,
+        cpu_nice=0,
         parallel=PLACES,
         prefill_chunk=16,
-        first_token_timeout=1.2,
-        token_timeout=0.6,
-        wiring_check="warn",
+        first_token_timeout=FIRST_TOKEN,
+        token_timeout=TOKEN,
+        wiring_check="off",
     )
     backends: dict[str, Backend] = {
         "mlx": MlxBackend("mlx", settings, lifecycle),
