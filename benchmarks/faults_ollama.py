@@ -29,7 +29,7 @@ from router.settings import ModelSettings, OllamaSettings
 
 from support.ollama_process import Double  # isort: skip
 
-FIRST_TOKEN, TOKEN = 1.2, 0.6  # seconds without a sign of life
+FIRST_TOKEN, TOKEN = 2.0, 1.5  # seconds without a sign of life
 LOAD, PREFILL, WORD = 0.4, 0.4, 0.03  # seconds that the double takes
 
 

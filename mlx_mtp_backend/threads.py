@@ -15,7 +15,8 @@ TASKS = Path("/proc/self/task")
 
 
 def yield_to_others(nice: int) -> None:
-    """Lowers the priority of the threads on which MLX computes for this one, by `nice` steps of 19.
+    """Lowers the priority of the threads on which MLX computes for this one, by `nice` steps of 19; under a real-time
+    policy, by one of that.
 
     This thread keeps its own: it holds the interpreter's lock as it builds a graph, and if others kept it from running
     then, the whole process would wait along.
@@ -23,9 +24,13 @@ def yield_to_others(nice: int) -> None:
     if sys.platform != "linux" or not TASKS.exists():
         return
     own = threading.get_native_id()
+    policy, level = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
     lowered = min(LOWEST, os.getpriority(os.PRIO_PROCESS, own) + nice)
     for thread in started_by(own):
-        os.setpriority(os.PRIO_PROCESS, thread, lowered)
+        if policy in (os.SCHED_FIFO, os.SCHED_RR):
+            os.sched_setscheduler(thread, policy, os.sched_param(max(1, level - 1)))
+        else:
+            os.setpriority(os.PRIO_PROCESS, thread, lowered)
 
 
 def started_by(own: int) -> list[int]:
