@@ -67,6 +67,7 @@ class Plant:
 
     def __init__(self, fault: str, folder: Path) -> None:
         self.armed = False
+        self._stalled = False
         self._fault = fault
         self._folder = folder
 
@@ -106,9 +107,10 @@ class Plant:
         def step(worker: Worker) -> None:
             if self.armed and self._fault == DIES:
                 raise RuntimeError("planted")
-            end = time.monotonic() + STALL
-            while self.armed and self._fault == STALLS and time.monotonic() < end:
-                time.sleep(0.01)
+            if self.armed and self._fault == STALLS and not self._stalled:
+                self._stalled, end = True, time.monotonic() + STALL
+                while self.armed and time.monotonic() < end:
+                    time.sleep(0.01)
             real(worker)
 
         return step

@@ -37,7 +37,8 @@ from router.backends.ollama import OllamaBackend  # noqa: E402
 from router.client import AsyncClient, RouterCallError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "one two three four five six seven eight"}]
-WORDS = 8
+EXPECTED = MESSAGES[0]["content"] + " "
+WORDS = len(EXPECTED.split())
 BARE = f"500 {WORDS}"  # words a second, and words, of a server without a router
 CUT = "CUT SHORT WITHOUT AN ERROR"
 MAX_SLOPE = 50.0  # bytes a request
@@ -113,7 +114,8 @@ class Soak:
         if kind == "cancelled":
             self.came["cancelled"] += 1
         else:
-            self.came["whole" if len(text.split()) == WORDS else CUT] += 1
+            whole = len(text.split()) == WORDS if self.double is None else text == EXPECTED
+            self.came["whole" if whole else CUT] += 1
 
     async def all(self) -> None:
         """Every request."""

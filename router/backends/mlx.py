@@ -231,9 +231,7 @@ class MlxBackend:
                     started |= isinstance(event, Started)
                     yield event
         except RouterError as error:
-            if error.reason is ErrorReason.DRAINING and not self._closed:
-                raise _engine_failed(model.name, started) from None
-            raise
+            raise self._told(error, model, started) from None
         except (TimeoutError, TimeIsUpError):  # the budget ran out before the engine had the request
             yield Started()
             yield Finished(FinishReason.TIME_LIMIT, Usage(0, 0))
@@ -269,9 +267,7 @@ class MlxBackend:
             try:
                 await self._models.load(self._running(), model)
             except RouterError as error:
-                if error.reason is ErrorReason.DRAINING and not self._closed:
-                    raise _engine_failed(model.name, started=False) from None
-                raise
+                raise self._told(error, model, started=False) from None
 
         async def unload() -> None:
             if self._engine is not None:
@@ -357,6 +353,12 @@ class MlxBackend:
         tokens = text.encode(rendered)
         splitter = ThinkSplitter(rendered) if model.facts.can(Capability.REASONING) else None
         return Prompt(tuple(tokens), text.boundaries(messages, rendered, tokens, **switch), splitter)
+
+    def _told(self, error: RouterError, model: ModelEntry, started: bool) -> RouterError:
+        """The error as the caller gets it: an engine that has ended by itself is no shutdown."""
+        if error.reason is ErrorReason.DRAINING and not self._closed:
+            return _engine_failed(model.name, started)
+        return error
 
     def _running(self) -> Engine:
         if self._engine is None:

@@ -116,8 +116,8 @@ def test_a_server_that_was_started_wrongly_is_not_started_again(pretend):
 @pytest.fixture
 def served(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> subprocess.Popen[str]:
     config = tmp_path / "settings.toml"
-    config.write_text('[server]\nlisten = "127.0.0.1:0"\n')
-    command = [*COMMAND, "serve", "--supervise", "--json", "--config", str(config)]
+    config.write_text('[server]\nlisten = "127.0.0.1:1"\n')
+    command = [*COMMAND, "serve", "--supervise", "--json", "--config", str(config), "--listen", "127.0.0.1:0"]
     return start(*command, MTP_ROUTER_HOME=str(tmp_path / "home"))
 
 
@@ -126,6 +126,7 @@ def test_the_service_is_back_after_an_abort_and_drains(served):
     (first,) = psutil.Process(served.pid).children()
     first.send_signal(signal.SIGABRT)
     address = json.loads(line(served.stdout))["address"]
+    assert not address.endswith(":1")  # both starts heed all options
     with Client(address) as client:
         assert list(client.list_models()) == []
     (second,) = psutil.Process(served.pid).children()
