@@ -42,8 +42,8 @@ DEFAULT_OPTIONS: dict[str, int | str] = {
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Retries of UNAVAILABLE, and of a server's CANCELLED, by the channel, and only until the first message of an answer
-    (gRPC proposal A6).
+    """Retries of UNAVAILABLE, and of a server's CANCELLED, by the channel, and only until the first message of an
+    answer (gRPC proposal A6).
 
     Attributes:
         attempts: most attempts, the first one included; 2 to 5 (gRPC goes no higher).
