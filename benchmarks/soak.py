@@ -2,6 +2,8 @@
 
 The router runs in this process over a double of an Ollama server, which is killed and started again on the same port.
 Nothing may be left over, and memory may not grow: the slope of the resident size over the requests after the warm-up.
+gRPC grows by itself where calls are cancelled, so the same requests first go to a gRPC server without a router, in a
+process of its own, which is measured alike; what the router adds is the difference, and the limit is for that.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import json
 import logging
 import os
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -26,14 +31,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from support.ollama_process import Double  # noqa: E402
 
-from benchmarks.faults import service  # noqa: E402
+from benchmarks.faults_ollama import service  # noqa: E402
+from benchmarks.stand import BareServer  # noqa: E402
 from router.backends.ollama import OllamaBackend  # noqa: E402
 from router.client import AsyncClient, RouterCallError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "one two three four five six seven eight"}]
 EXPECTED = MESSAGES[0]["content"] + " "
+WORDS = len(EXPECTED.split())
+BARE = f"500 {WORDS}"  # words a second, and words, of a server without a router
+CUT = "CUT SHORT WITHOUT AN ERROR"
 MAX_SLOPE = 50.0  # bytes a request
-KEPT_IDLE = 6.0  # seconds after which the HTTP client no longer keeps an idle connection
 SAMPLES = 40  # looks at memory
 WARM_UP = 0.25  # share of the requests before the slope is taken
 
@@ -54,9 +62,13 @@ def resident() -> int:
 
 
 class Soak:
-    """The requests, and what came of them."""
+    """The requests, and what came of them.
 
-    def __init__(self, client: AsyncClient, double: Double, arguments: argparse.Namespace) -> None:
+    Args:
+        double: is killed now and then; None: nothing is.
+    """
+
+    def __init__(self, client: AsyncClient, double: Double | None, arguments: argparse.Namespace) -> None:
         self.client = client
         self.double = double
         self.arguments = arguments
@@ -70,8 +82,8 @@ class Soak:
         while self.sent < self.arguments.requests:
             self.sent += 1
             number = self.sent
-            if number % self.arguments.kill_every == 0:
-                await self.kill()
+            if self.double is not None and number % self.arguments.kill_every == 0:
+                await self.kill(self.double)
             draw = self.chooser.random()
             slow = self.arguments.cancelled + self.arguments.slow
             kind = "cancelled" if draw < self.arguments.cancelled else "slow" if draw < slow else "read"
@@ -80,7 +92,8 @@ class Soak:
                 self.memory.append((number, resident()))
 
     async def one(self, kind: str) -> None:
-        answer = self.client.stream("sick", messages=MESSAGES, temperature=0.0, deadline=30)
+        fields: dict[str, Any] = {"messages": MESSAGES} if self.double is not None else {"prompt": BARE}
+        answer = self.client.stream("sick", temperature=0.0, deadline=30, **fields)
         text = ""
         try:
             if kind == "cancelled" and self.chooser.random() < 0.5:
@@ -101,18 +114,22 @@ class Soak:
         if kind == "cancelled":
             self.came["cancelled"] += 1
         else:
-            self.came["whole" if text == EXPECTED else "CUT SHORT WITHOUT AN ERROR"] += 1
+            whole = len(text.split()) == WORDS if self.double is None else text == EXPECTED
+            self.came["whole" if whole else CUT] += 1
 
-    async def settle(self) -> None:
-        """A few requests one after another: the HTTP client closes idle connections when it next needs one."""
-        for _ in range(20):
-            await self.one("read")
+    async def all(self) -> None:
+        """Every request."""
+        await asyncio.gather(*(self.worker() for _ in range(self.arguments.at_once)))
 
-    async def kill(self) -> None:
+    def slope(self) -> float:
+        """Bytes a request after the warm-up."""
+        return slope([point for point in self.memory if point[0] >= WARM_UP * self.arguments.requests])
+
+    async def kill(self, double: Double) -> None:
         """SIGKILL, and another double in its place."""
         async with self._at_kill:
-            port = int(self.double.address.rpartition(":")[2])
-            await asyncio.to_thread(self.double.kill)
+            port = int(double.address.rpartition(":")[2])
+            await asyncio.to_thread(double.kill)
             self.double = await asyncio.to_thread(Double, port)
             self.came["kills"] += 1
 
@@ -128,20 +145,40 @@ def counts(backend: OllamaBackend) -> dict[str, int]:
     }
 
 
+async def alone(arguments: argparse.Namespace) -> None:
+    """The same from gRPC without a router; prints the slope."""
+    server = BareServer()
+    await server.start()
+    async with AsyncClient(server.address) as client:
+        soak = Soak(client, None, arguments)
+        await soak.all()
+    await server.drain()
+    print(json.dumps({"slope": soak.slope(), "came": soak.came}), flush=True)
+
+
+def grpc_alone(arguments: argparse.Namespace) -> float:
+    """Bytes that gRPC grows by a request."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--alone", "--requests", str(arguments.requests)]
+    command += ["--cancelled", str(arguments.cancelled), "--slow", str(arguments.slow)]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"gRPC alone: {told['slope']:.1f} bytes a request; {told['came']}", flush=True)
+    return float(told["slope"])
+
+
 async def run(arguments: argparse.Namespace) -> int:
+    grpc_grows = await asyncio.to_thread(grpc_alone, arguments)
     double, began = Double(), time.monotonic()
     async with service({"sick": double}, parallel=8, max_queued=1000) as (client, backends):
         backend = backends["sick"]
         soak = Soak(client, double, arguments)
-        await soak.settle()
+        for _ in range(20):
+            await soak.one("read")
         looks = []
         for _ in range(20):  # the watch over the double asks it now and then
             await asyncio.sleep(0.1)
             looks.append(counts(backend))
         before = {name: max(look[name] for look in looks) for name in looks[0]}
-        await asyncio.gather(*(soak.worker() for _ in range(arguments.at_once)))
-        await asyncio.sleep(KEPT_IDLE)
-        await soak.settle()
+        await soak.all()
         after = counts(backend)
         for _ in range(100):
             if all(after[name] <= before[name] for name in before):
@@ -150,21 +187,21 @@ async def run(arguments: argparse.Namespace) -> int:
             after = counts(backend)
         connections = [f"{item.status} to {item.raddr}" for item in psutil.Process().net_connections()]
         soak.double.kill()
-    warm = [(number, size) for number, size in soak.memory if number >= WARM_UP * arguments.requests]
-    grows = slope(warm)
+    grows = soak.slope()
     halves = [slope(part) for part in (soak.memory[: len(soak.memory) // 2], soak.memory[len(soak.memory) // 2 :])]
     print(f"{arguments.requests} requests, {arguments.at_once} at once, in {time.monotonic() - began:.0f} s")
     for name, count in sorted(soak.came.items()):
         print(f"  {name:<30}{count:>8}")
     for name in before:
         print(f"  {name:<30}{before[name]:>8} -> {after[name]}")
-    sizes = f"{warm[0][1] / 2**20:.1f} -> {warm[-1][1] / 2**20:.1f} MiB"
-    print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request ({sizes}; limit {MAX_SLOPE:g})")
-    print(f"  {'memory, first and second half':<30}{halves[0]:>8.1f}, {halves[1]:.1f} bytes a request")
+    print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request")
+    print(f"  {'first half, second half':<30}{halves[0]:>8.1f}, {halves[1]:.1f}")
+    added = grows - grpc_grows
+    print(f"  {'of it the router':<30}{added:>8.1f} bytes a request (limit {MAX_SLOPE:g})")
     leaked = any(after[name] > before[name] for name in before)
     if leaked:
         print(f"  connections: {sorted(connections)}")
-    return 1 if leaked or grows >= MAX_SLOPE or soak.came["CUT SHORT WITHOUT AN ERROR"] else 0
+    return 1 if leaked or added >= MAX_SLOPE or soak.came[CUT] else 0
 
 
 def main() -> int:
@@ -174,8 +211,12 @@ def main() -> int:
     parser.add_argument("--cancelled", type=float, default=0.30, help="share of requests")
     parser.add_argument("--slow", type=float, default=0.05, help="share of requests")
     parser.add_argument("--kill-every", type=int, default=500)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    if arguments.alone:
+        asyncio.run(alone(arguments))
+        return 0
     return asyncio.run(run(arguments))
 
 

@@ -99,7 +99,7 @@ class Scripted:
             yield Started(1)
             for number in range(int(count)):
                 await asyncio.sleep(begin + number / float(rate) - time.monotonic())
-                yield Delta(f"{time.monotonic_ns()} ", token_count=1)
+                yield Delta(f"@{time.monotonic_ns()} ", token_count=1)
             yield Finished(FinishReason.MAX_TOKENS, Usage(1, int(count)))
         finally:
             self._lifecycle.leave(ticket)
@@ -155,7 +155,7 @@ class Bare(v1.GenerateServiceServicer):
         await context.write(v1.StreamGenerateResponse(started=v1.GenerationStarted()))
         for number in range(int(count)):
             await asyncio.sleep(begin + number / float(rate) - time.monotonic())
-            delta = v1.GenerationDelta(text=f"{time.monotonic_ns()} ", token_count=1)
+            delta = v1.GenerationDelta(text=f"@{time.monotonic_ns()} ", token_count=1)
             await context.write(v1.StreamGenerateResponse(delta=delta))
         await context.write(v1.StreamGenerateResponse(finished=v1.GenerationFinished()))
 
@@ -181,7 +181,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     entries = [scripted_entry("scripted", "scripted")]
     with tempfile.TemporaryDirectory() as folder:
         if arguments.mlx:
-            backends["mlx"] = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2))
+            backends["mlx"] = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, cpu_nice=arguments.cpu_nice))
             entries.append(await checkpoint_entry(Path(folder), arguments.layers, arguments.hidden))
         settings = ServerSettings(listen="127.0.0.1:0", drain_grace=0.0, metrics_listen="127.0.0.1:0")
         server = BareServer() if arguments.bare else RouterServer(settings, Catalog(entries), backends)
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--cpu-nice", type=int, default=MlxSettings().cpu_nice)
     parser.add_argument("--switch-interval", type=float)
     arguments = parser.parse_args()
     os.environ.setdefault("MTP_ROUTER_HOME", tempfile.gettempdir())

@@ -51,10 +51,12 @@ async def measure(busy: bool, interval: float, seconds: float) -> None:
     from mlx_mtp_backend import EngineOptions, GenerateParams
     from mlx_mtp_backend.engine import Engine
     from mlx_mtp_backend.synthetic import Recipe, write
+    from router.settings import MlxSettings
 
     sys.setswitchinterval(interval)
+    options = EngineOptions(max_streams=2, cpu_nice=MlxSettings().cpu_nice)
     tokens, ended, readers = [0], threading.Event(), []
-    with tempfile.TemporaryDirectory() as folder, Engine(EngineOptions(max_streams=2)) as engine:
+    with tempfile.TemporaryDirectory() as folder, Engine(options) as engine:
         if busy:
             path = write(Path(folder) / "words", Recipe(kind="history", layers=4, hidden=256))
             await asyncio.wrap_future(engine.load("words", path))

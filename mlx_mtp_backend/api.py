@@ -253,6 +253,8 @@ class EngineOptions:
         depth_memory: JSON file that keeps what rounds cost and how drafts fared, by model and numerics fingerprint;
             None measures after every load.
         prefix_cache_bytes: memory for prompts that were seen before; None: an eighth of the machine's, at most 4 GiB.
+        cpu_nice: by how much MLX's own threads yield to others where it computes on a Linux CPU; by that system's
+            measure from 0, not at all, to 19.
     """
 
     device: str | None = None
@@ -264,6 +266,7 @@ class EngineOptions:
     kernel_checks: Path | None = None
     depth_memory: Path | None = None
     prefix_cache_bytes: int | None = None
+    cpu_nice: int = 0
 
     def __post_init__(self) -> None:
         _require(self.device in (None, "cpu", "gpu"), "device", "cpu, gpu or None")
@@ -273,6 +276,7 @@ class EngineOptions:
         _require(self.slow_reader_limit > 0, "slow_reader_limit", "positive")
         budget = self.prefix_cache_bytes
         _require(budget is None or budget >= 0, "prefix_cache_bytes", "at least 0")
+        _require(0 <= self.cpu_nice <= 19, "cpu_nice", "from 0 to 19")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
 from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
+from mlx_mtp_backend.threads import yield_to_others
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Worker:
         if mx.default_device().type == mx.cpu:
             # On a CPU MLX compiles through g++ at run time: seconds of stall each time, for a few percent.
             mx.disable_compile()
+            if self._options.cpu_nice:
+                yield_to_others(self._options.cpu_nice)
         try:
             while not self._closing:
                 for command in self._inbox.take(self._patience()):

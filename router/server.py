@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import functools
 import gc
 import json
@@ -279,8 +280,13 @@ def spare_the_collector() -> None:
     gc.set_threshold(*COLLECT_AFTER)
 
 
-async def run(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> None:
+async def run(
+    settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False, lifeline: int | None = None
+) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. SIGHUP looks for models again.
+
+    Args:
+        lifeline: the end of a pipe; the server drains when the other end is closed.
 
     Raises:
         ListenError: it cannot listen at its address.
@@ -296,6 +302,13 @@ async def run(settings: Settings, load: Callable[[], Settings], *, announce_json
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+    def cut_off(descriptor: int) -> None:
+        loop.remove_reader(descriptor)
+        stop.set()
+
+    if lifeline is not None:
+        loop.add_reader(lifeline, cut_off, lifeline)
     refreshes: set[asyncio.Task[None]] = set()
 
     def hang_up() -> None:
@@ -336,16 +349,20 @@ def _announce(address: str, catalog: Catalog, *, as_json: bool) -> None:
     print(line, flush=True)
 
 
-def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False) -> int:
+def serve(
+    settings: Settings, load: Callable[[], Settings], *, announce_json: bool = False, lifeline: int | None = None
+) -> int:
     """Runs the server in this process. Returns the exit status: 0 after a drain, 1 where it could not listen.
 
     Args:
         load: reads the settings again.
+        lifeline: see `run`.
     """
+    faulthandler.enable()  # an abort in native code tells in the log where it came from
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
-        asyncio.run(run(settings, load, announce_json=announce_json))
+        asyncio.run(run(settings, load, announce_json=announce_json, lifeline=lifeline))
     except ListenError as error:
         print(f"mtp-router: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, matrix_
 from mlx_mtp_backend.host import evaluate
 
 # Rows of a prompt that still take less time in passes of few rows than all experts take to be unpacked.
-_SLICED_ROWS = 128
+_SLICED_ROWS = 256
 
 
 class FusedMLP:

@@ -11,6 +11,7 @@ import httpx
 
 from router.backends.llama_answer import Answer, EventParser, broken_stream, reported_error
 from router.backends.llama_request import chat_body
+from router.backends.one_shot import OneShot
 from router.backends.patience import Patience
 from router.domain import ErrorReason, Event, GenerationRequest, MessagesPrompt, RouterError, TokensPrompt
 
@@ -33,16 +34,15 @@ class Endpoint(Protocol):
 def new_client(
     *, connect_timeout: float = CONNECT_TIMEOUT, verify: bool = False, socket: str | None = None
 ) -> httpx.AsyncClient:
-    """A client for llama-servers. No pool: they close a connection after a stream without saying so.
+    """A client for llama-servers.
 
     Args:
         verify: check certificates; loopback has none to load.
         socket: path of a UNIX socket to connect to, whatever the address.
     """
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(
         headers={"Connection": "close"},
-        transport=httpx.AsyncHTTPTransport(verify=verify, limits=limits, uds=socket, trust_env=False),
+        transport=OneShot(httpx.create_ssl_context(verify=verify, trust_env=False), socket),
         timeout=httpx.Timeout(None, connect=connect_timeout, write=WRITE_TIMEOUT),
         trust_env=False,  # no proxies
         follow_redirects=False,

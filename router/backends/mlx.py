@@ -115,6 +115,7 @@ class MlxBackend:
             kernel_checks=data_home() / "kernel-checks.json",
             depth_memory=data_home() / "depth-memory.json",
             prefix_cache_bytes=None if prefixes is None else prefixes << 20,
+            cpu_nice=self._settings.cpu_nice,
         )
         loop = asyncio.get_running_loop()
         self._waker = Waker(loop)
@@ -223,11 +224,14 @@ class MlxBackend:
         """Answers one request (see `Backend.generate`)."""
         budget = request.time_budget
         deadline = None if budget is None else asyncio.get_running_loop().time() + budget
-        ticket = self._lifecycle.enter(self._seat(model), request.priority)
+        ticket, started = self._lifecycle.enter(self._seat(model), request.priority), False
         try:
             async with contextlib.aclosing(self._answer(model, request, ticket, deadline)) as events:
                 async for event in events:
+                    started |= isinstance(event, Started)
                     yield event
+        except RouterError as error:
+            raise self._told(error, model, started) from None
         except (TimeoutError, TimeIsUpError):  # the budget ran out before the engine had the request
             yield Started()
             yield Finished(FinishReason.TIME_LIMIT, Usage(0, 0))
@@ -260,7 +264,10 @@ class MlxBackend:
         known = self._models.resident(model)
 
         async def load() -> None:
-            await self._models.load(self._running(), model)
+            try:
+                await self._models.load(self._running(), model)
+            except RouterError as error:
+                raise self._told(error, model, started=False) from None
 
         async def unload() -> None:
             if self._engine is not None:
@@ -320,10 +327,6 @@ class MlxBackend:
                         if isinstance(translated, Finished):
                             self._failures = 0
                             return
-        except RouterError as error:
-            if error.reason is ErrorReason.DRAINING and not self._closed:
-                raise _engine_failed(params.model, started) from None
-            raise
         finally:
             stream.cancel()
             known.streams.discard(stream)
@@ -350,6 +353,12 @@ class MlxBackend:
         tokens = text.encode(rendered)
         splitter = ThinkSplitter(rendered) if model.facts.can(Capability.REASONING) else None
         return Prompt(tuple(tokens), text.boundaries(messages, rendered, tokens, **switch), splitter)
+
+    def _told(self, error: RouterError, model: ModelEntry, started: bool) -> RouterError:
+        """The error as the caller gets it: an engine that has ended by itself is no shutdown."""
+        if error.reason is ErrorReason.DRAINING and not self._closed:
+            return _engine_failed(model.name, started)
+        return error
 
     def _running(self) -> Engine:
         if self._engine is None:

@@ -14,6 +14,7 @@ from ollama import ResponseError
 from router.backends.llama_answer import prompt_too_long
 from router.backends.llama_request import invalid
 from router.backends.ollama_answer import broken_stream, nested_error
+from router.backends.one_shot import OneShot
 from router.domain import ErrorReason, GenerationRequest, RouterError
 from router.settings import OllamaSettings
 
@@ -37,8 +38,7 @@ def new_client(settings: OllamaSettings) -> ollama.AsyncClient:
         follow_redirects=False,
         trust_env=False,
         timeout=httpx.Timeout(None, connect=settings.connect_timeout, write=WRITE_TIMEOUT),
-        # Without a pool a server that restarted does not fail the next request on a dead connection.
-        transport=_Bounded(httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))),
+        transport=_Bounded(OneShot(httpx.create_ssl_context())),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 from router.backends.ollama_client import MAX_LOGGED, failures, new_client
+from router.backends.one_shot import OneShot
 from router.backends.watch import LOOK_TIMEOUT, Watch
 from router.settings import OllamaSettings
 
@@ -37,7 +38,12 @@ class OllamaWatch(Watch):
         self.models: Mapping[str, Seen] = {}
         self.loaded: frozenset[str] = frozenset()
         self._client = new_client(settings)
-        self._http = httpx.AsyncClient(base_url=settings.host, trust_env=False, timeout=LOOK_TIMEOUT)
+        self._http = httpx.AsyncClient(
+            base_url=settings.host,
+            trust_env=False,
+            timeout=LOOK_TIMEOUT,
+            transport=OneShot(httpx.create_ssl_context()),
+        )
 
     async def close(self) -> None:
         """Ends the looking. Safe to call twice."""

@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the server until SIGTERM or Ctrl-C", parents=[settings, lines])
     serve.add_argument("--listen", metavar="HOST:PORT", help="where to listen, instead of the settings' server.listen")
+    serve.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again where it ends abnormally, from a second process",
+    )
+    serve.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)  # a pipe whose end ends the server
 
     generate = commands.add_parser("generate", help="answer one prompt", parents=[settings, server, lines])
     generate.add_argument("--model", required=True, help="name or alias")

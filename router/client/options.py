@@ -42,7 +42,8 @@ DEFAULT_OPTIONS: dict[str, int | str] = {
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Retries of UNAVAILABLE by the channel, and only until the first message of an answer (gRPC proposal A6).
+    """Retries of UNAVAILABLE, and of a server's CANCELLED, by the channel, and only until the first message of an
+    answer (gRPC proposal A6).
 
     Attributes:
         attempts: most attempts, the first one included; 2 to 5 (gRPC goes no higher).
@@ -82,7 +83,8 @@ class RetryPolicy:
                         "initialBackoff": f"{self.initial_backoff:.9f}s",
                         "maxBackoff": f"{self.max_backoff:.9f}s",
                         "backoffMultiplier": self.multiplier,
-                        "retryableStatusCodes": ["UNAVAILABLE"],
+                        # The second comes from a server that shuts down before it has looked at the call.
+                        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                     },
                 }
             ],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from mtp_router.generate import v1
 
 from router.dispatch import Answer, Dispatcher
-from router.domain import Delta, ErrorReason, Finished, GenerationRequest, RouterError, Started
+from router.domain import Delta, Finished, GenerationRequest, RouterError, Started
 from router.metrics import Metrics
 from router.services import render
 from router.services.calls import Calls, Context
@@ -17,6 +16,7 @@ from router.services.errors import reports_errors
 from router.services.outbox import Outbox, filling, joined
 from router.services.parse import parse_input, parse_model_name, refuse_unknown_fields
 from router.services.record import Record, refused
+from router.services.writes import bounded_writes
 
 Request = v1.GenerateRequest | v1.StreamGenerateRequest | v1.CountTokensRequest
 
@@ -72,6 +72,7 @@ class GenerateService(v1.GenerateServiceServicer):
             self._calls.bounded(context),
             self._answer(request) as (answer, record),
             filling(outbox, record.watching(answer.events)),
+            bounded_writes(self._slow_reader_limit) as writes,
         ):
             while (event := await outbox.take()) is not None:
                 record.merged = outbox.merged
@@ -85,7 +86,7 @@ class GenerateService(v1.GenerateServiceServicer):
                     response = v1.StreamGenerateResponse(progress=render.progress(event))
                 else:
                     continue
-                await self._send(context, response)
+                await writes.wait(context.write(response))
 
     @reports_errors
     async def CountTokens(self, request: v1.CountTokensRequest, context: Context) -> v1.CountTokensResponse:
@@ -96,18 +97,6 @@ class GenerateService(v1.GenerateServiceServicer):
         return v1.CountTokensResponse(
             model=route.model, prompt_tokens=count.prompt_tokens, context_length=count.context_length
         )
-
-    async def _send(self, context: Context, response: v1.StreamGenerateResponse) -> None:
-        """Writes one event. A caller that stops reading must not hold a backend's place until its own deadline."""
-        try:
-            async with asyncio.timeout(self._slow_reader_limit):
-                await context.write(response)
-        except TimeoutError:
-            raise RouterError(
-                ErrorReason.SLOW_CONSUMER,
-                f"the stream was not read for {self._slow_reader_limit:g} s; the answer is incomplete",
-                metadata={"slow_reader_limit": f"{self._slow_reader_limit:g}"},
-            ) from None
 
     def _parse(self, request: Request) -> GenerationRequest:
         refuse_unknown_fields(request)

@@ -29,7 +29,8 @@ class Outbox:
         self._bytes = 0
         self._ended = False
         self._error: BaseException | None = None
-        self._filled, self._room = asyncio.Event(), asyncio.Event()
+        self._taker: asyncio.Future[None] | None = None  # set when something comes; cheaper than an Event
+        self._room = asyncio.Event()
         self.merged = 0  # deltas that went into others
 
     async def put(self, event: Event) -> None:
@@ -42,12 +43,12 @@ class Outbox:
         elif isinstance(event, Queued | Loading | Prefilling) and self._waiting:
             self._waiting.pop()  # nothing but progress can wait before it
         self._waiting.append(event)
-        self._filled.set()
+        self._wake()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes; `error` is raised once everything that waits was taken."""
         self._ended, self._error = True, error
-        self._filled.set()
+        self._wake()
 
     async def take(self) -> Event | None:
         """The oldest event, with the deltas that follow it if it is one; None at the end."""
@@ -56,8 +57,8 @@ class Outbox:
                 if self._error is not None:
                     raise self._error
                 return None
-            self._filled.clear()
-            await self._filled.wait()
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
         event = self._waiting.popleft()
         if not isinstance(event, Delta):
             return event
@@ -69,6 +70,10 @@ class Outbox:
         self._room.set()
         self.merged += len(pieces) - 1
         return event if len(pieces) == 1 else joined(pieces)
+
+    def _wake(self) -> None:
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     async def _wait_for_room(self, size: int) -> None:
         try:
@@ -120,5 +125,8 @@ def joined(pieces: Iterable[Delta]) -> Delta:
 
 
 def _size(delta: Delta) -> int:
-    text = len(delta.text) + len(delta.reasoning_text) + sum(len(call.arguments_json) for call in delta.tool_calls)
+    text = len(delta.text) + len(delta.reasoning_text)
+    if not (delta.tool_calls or delta.logprobs):  # nearly every one
+        return text
+    text += sum(len(call.arguments_json) for call in delta.tool_calls)
     return text + PER_LOGPROB * sum(1 + len(item.top) for item in delta.logprobs)

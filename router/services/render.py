@@ -87,6 +87,8 @@ def _sampling(request: GenerationRequest) -> v1.SamplingParameters:
 
 def delta(event: Delta) -> v1.GenerationDelta:
     """A piece of the answer."""
+    if not (event.reasoning_text or event.logprobs or event.tool_calls):  # nearly every one
+        return v1.GenerationDelta(text=event.text, token_count=event.token_count)
     return v1.GenerationDelta(
         text=event.text,
         reasoning_text=event.reasoning_text,

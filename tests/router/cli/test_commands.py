@@ -465,7 +465,7 @@ def test_serve_takes_the_address_from_the_arguments(
 ) -> None:
     served: list[ServerSettings] = []
 
-    def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool) -> int:
+    def serve(settings: Settings, load: Callable[[], Settings], *, announce_json: bool, lifeline: None) -> int:
         served.extend([settings.server, load().server])
         return 0
 

@@ -139,10 +139,14 @@ def test_the_default_deadline_reaches_the_server(connect: Connect, router: FakeR
     assert remaining == [pytest.approx(600.0, abs=5), pytest.approx(50.0, abs=5), pytest.approx(7.0, abs=2)]
 
 
-def test_unavailable_is_retried_before_the_first_message(connect: Connect, router: FakeRouter) -> None:
+# A server that shuts down before it has looked at a call cancels it.
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_unavailable_is_retried_before_the_first_message(
+    connect: Connect, router: FakeRouter, code: grpc.StatusCode
+) -> None:
     def script(request: Any, context: Any) -> Iterator[Any]:
         if len(router.requests) < 3:
-            fail(context, grpc.StatusCode.UNAVAILABLE, "BACKEND_UNAVAILABLE")
+            fail(context, code, "BACKEND_UNAVAILABLE")
         yield from answer("Hi")(request, context)
 
     router.script = script

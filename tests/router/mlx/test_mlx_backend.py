@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -303,6 +304,23 @@ async def test_an_engine_that_dies_is_told(client: AsyncClient, monkeypatch: pyt
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("step", ["_load_slice", "_prefill"])
+async def test_an_engine_that_dies_before_the_first_token_is_no_shutdown(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    if step != "_load_slice":
+        await text_of(client, "random")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Worker, step, broken)
+    with pytest.raises(RouterCallError) as caught:
+        await text_of(client, "random")
+    assert caught.value.reason == "BACKEND_UNAVAILABLE"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_an_engine_that_dies_in_mid_answer_breaks_the_answer_off(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +359,16 @@ async def test_a_load_that_nobody_waits_for_is_given_up(client: AsyncClient, mon
     assert not (await client.list_backends())[0].loaded_models
     held.set()
     await text_of(client, "random")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+async def test_decoding_on_the_cpu_yields_to_serving(client: AsyncClient) -> None:
+    await text_of(client, "random")
+    nice = {int(thread): os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}
+    (engine,) = (thread for thread in threading.enumerate() if thread.name == "mlx-engine")
+    mine = nice[threading.get_native_id()]
+    assert nice[engine.native_id] == mine  # it holds the interpreter's lock
+    assert sum(value == min(mine + MlxSettings().cpu_nice, 19) for value in nice.values()) >= 1
 
 
 async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:
