@@ -73,7 +73,11 @@ def load(
     wired = yield from _check_wiring(model, text, options)
     depths, drafter = DepthController(model.most_rows), HeadDrafter(model) if model.has_head else None
     print_of_bits = numerics.fingerprint(model, dtype, options.prefill_chunk)
-    if drafter is not None and options.depth is None and not memory.recall(path, print_of_bits, depths):
+    if (
+        drafter is not None
+        and options.depth is None
+        and not memory.recall(path, report.identity, print_of_bits, depths)
+    ):
         yield from calibrate(model, drafter, depths)
     info = LoadedModel(
         name=name,
