@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 64
 _DEPTHS = (0, 1, 3)  # what lies between and beyond is drawn from these until it is measured
-_ROUNDS = 12  # of each depth at most
+_TIMES = 12  # that each depth is timed at most
 _HEAD_ROWS, _HEAD_RUNS = 64, 4
 _TYPICAL = Sampling(temperature=0.6, top_p=0.95)
 
@@ -31,24 +32,23 @@ def calibrate(model: Model, drafter: HeadDrafter, depths: DepthController) -> Ge
     """Times the head, and rounds of one sequence at a few depths until their times agree, a round a slice. How the
     drafts fare is not counted."""
     prompt = tuple((7919 * i + 13) % model.vocab_size for i in range(_PROMPT_TOKENS))
-    limit = _PROMPT_TOKENS + _ROUNDS * sum(1 + depth for depth in _DEPTHS) + 1
+    limit = _PROMPT_TOKENS + 2 * _TIMES * sum(1 + depth for depth in _DEPTHS) + 1
     one = sequence.start(model, prompt, sampling=_TYPICAL, seed=0, rule=Rule.COUPLING, depth=max(_DEPTHS), limit=limit)
     rounds.prefill_chunk(model, one, _PROMPT_TOKENS)
     depths.costs.head_step = _head_seconds(model, one.pending[0], 1)
     depths.observe_catching_up(_HEAD_ROWS, _head_seconds(model, one.pending[0], _HEAD_ROWS))
-    yield LoadProgress("rounds", 1 / (len(_DEPTHS) + 1))
-    for place, depth in enumerate(_DEPTHS):
-        one.depth = depth
-        for _ in range(_ROUNDS):
-            behind = one.pending_rows > depth + 1 and depth > 0
+    yield LoadProgress("rounds", 1 / (_TIMES + 1))
+    # In turn, so that what else the machine does meets all of them.
+    for turn, depth in itertools.product(range(_TIMES), _DEPTHS):
+        one.depth, timed = depth, depths.costs.known(1, 1 + depth)
+        while not timed:
+            timed = depth == 0 or one.pending_rows <= depth + 1  # else the head catches up first
             done = rounds.run_round(model, drafter, [one])
             if done.committed[0].error is not None:  # requests will meet it too, and tell
                 return
-            if not behind:
+            if timed:
                 depths.costs.observe(1, 1 + depth, done.seconds)
-            yield LoadProgress("rounds", (place + 2) / (len(_DEPTHS) + 1))
-            if depths.costs.known(1, 1 + depth):
-                break
+            yield LoadProgress("rounds", (turn + 2) / (_TIMES + 1))
 
 
 def _head_seconds(model: Model, carried: mx.array, rows: int) -> float:

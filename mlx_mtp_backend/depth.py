@@ -36,11 +36,13 @@ class Acceptance:
     """Chance of each draft to be kept, given that all before it were; older rounds count less.
 
     Args:
-        prior: what to believe where little was seen; None: the position before, and FIRST_GUESS at the first.
+        prior: what to believe where little was seen; None: the position before.
+        guess: of the first draft, without a prior.
     """
 
-    def __init__(self, prior: Acceptance | None = None) -> None:
+    def __init__(self, prior: Acceptance | None = None, guess: float = FIRST_GUESS) -> None:
         self._prior = prior
+        self._guess = guess
         self._memory = _MODEL_MEMORY if prior is None else _SEQUENCE_MEMORY
         self._tried: list[float] = []
         self._kept: list[float] = []
@@ -59,7 +61,7 @@ class Acceptance:
         if self._prior is not None:
             believed = self._prior.chance(position)
         else:
-            believed = self.chance(position - 1) if position else FIRST_GUESS
+            believed = self.chance(position - 1) if position else self._guess
         if position >= len(self._tried):
             return believed
         return (self._kept[position] + _PRIOR_WEIGHT * believed) / (self._tried[position] + _PRIOR_WEIGHT)
@@ -139,11 +141,12 @@ class DepthController:
 
     Args:
         most_rows: of a pass, beyond which the model has no fast path; None: no such limit.
+        guess: of a first draft's chance, before anything was seen.
     """
 
-    def __init__(self, most_rows: int | None = None) -> None:
+    def __init__(self, most_rows: int | None = None, guess: float = FIRST_GUESS) -> None:
         self.costs = Costs()
-        self.acceptance = Acceptance()
+        self.acceptance = Acceptance(guess=guess)
         self._most_rows = most_rows
         self._current: dict[int, int] = {}
         self._round = 0

@@ -6,7 +6,10 @@ import math
 import pytest
 from support.machine import Machine, flat, h100, linear, open_blas, reference_blas, sloped
 
+from mlx_mtp_backend import loading
+from mlx_mtp_backend.api import Rule
 from mlx_mtp_backend.depth import Acceptance, DepthController, Drafted
+from mlx_mtp_backend.wiring import WiringReport
 
 # What a pass costs, a step of the head, and a row that the head has missed.
 MACHINES = {
@@ -214,6 +217,14 @@ def test_a_sequence_begins_with_what_its_model_shows():
         model.observe(1, 0)
     assert Acceptance(model).expected(1) < 1.05
     assert Acceptance().expected(2) == pytest.approx(1 + 0.6 + 0.36)
+
+
+@pytest.mark.parametrize(("positions", "kept", "guess"), [(100, 0.2, 0.2), (100, 0.9, 0.6), (3, 0.2, 0.6)])
+def test_a_head_that_did_badly_in_its_check_begins_with_less_hope(positions, kept, guess):
+    report = WiringReport(positions, 0.5, 0.0, {}, None, dict.fromkeys(Rule, kept), healthy=True)
+    controller = DepthController(guess=loading.first_guess(report, Rule.COUPLING))
+    assert controller.sequence().chance(0) == pytest.approx(guess)
+    assert loading.first_guess(None, Rule.COUPLING) == 0.6
 
 
 def test_it_is_remembered():
