@@ -29,6 +29,7 @@ HORIZON = 64  # rounds by which the head's catching up must have paid for itself
 _SEQUENCE_MEMORY, _MODEL_MEMORY = 0.98, 0.997  # what an observation still weighs a round later
 _CATCH_UPS, _TELLING_ROWS = 9, 32  # timings kept, of passes that are long enough to show
 _REMEMBERED = 32.0  # rounds' worth of trust in what an earlier run saw
+_SEEN = 2.5  # rounds that tell something of a draft position
 _PRIOR_WEIGHT = 4.0  # rounds' worth of trust in the wider estimate
 
 
@@ -73,6 +74,11 @@ class Acceptance:
             reach *= self.chance(position)
             total += reach
         return total
+
+    @property
+    def positions(self) -> int:
+        """How many draft positions were seen often enough to go one further."""
+        return sum(tried >= _SEEN for tried in self._tried)
 
     def to_json(self) -> list[list[float]]:
         return [list(pair) for pair in zip(self._tried, self._kept, strict=True)]
@@ -191,10 +197,11 @@ class DepthController:
         return self._probing(sequences, choices, current, 0.0 if current else catching_up)
 
     def _choices(self, sequences: int, rows: Sequence[int], streams: Sequence[Acceptance]) -> list[_Choice]:
-        """Depths from 0 on, up to twice the rows of what is known: a large pass may cost many times a small one."""
+        """Depths from 0 on: to one draft more than was seen of acceptance, and to twice the rows of what is known, as a
+        large pass may cost many times a small one."""
         within = max(2 * self.costs.most_rows(sequences), *rows[:2])
         choices = []
-        for depth, count in enumerate(rows):
+        for depth, count in enumerate(rows[: self.acceptance.positions + 2]):
             seconds = self.costs.seconds(sequences, count)
             if seconds is None or count > within:
                 break
