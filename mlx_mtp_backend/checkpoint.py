@@ -15,6 +15,7 @@ from mlx_mtp_backend.checkpoint_files import (
     MAX_TOKENIZER_CONFIG_BYTES,
     CheckpointFiles,
     find_tensors,
+    identity,
     read_config,
     text_config,
 )
@@ -84,7 +85,8 @@ class Experts:
 class CheckpointReport:
     """A checkpoint. Sizes are in bytes, lengths in tokens; None where the config does not say.
 
-    `weight_bytes` counts every expert: all are held, however few a token is given to.
+    `weight_bytes` counts every expert: all are held, however few a token is given to. `identity` changes when
+    configuration or weights do, see checkpoint_files.identity.
     """
 
     path: str
@@ -98,6 +100,7 @@ class CheckpointReport:
     layers: int | None
     weight_bytes: int
     files: tuple[str, ...]
+    identity: str
     has_tokenizer: bool
     has_chat_template: bool
     cache: CacheFootprint | None = None
@@ -140,6 +143,7 @@ def inspect_checkpoint(path: Path, head_path: Path | None = None) -> CheckpointR
         layers=positive(text, "num_hidden_layers"),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         files=tuple(sorted({tensor.file for tensor in tensors})),
+        identity=identity([path, files.head_folder], {tensor.file for tensor in tensors}),
         has_tokenizer=(path / "tokenizer.json").is_file(),
         has_chat_template=_has_template(path),
         cache=cache_footprint(text, 1 if mtp.status is MTPStatus.PRESENT else 0),

@@ -5,9 +5,11 @@ No weights are read and no code is run: a folder that would need its own Python,
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ def find_tensors(path: Path, head_path: Path | None = None) -> CheckpointFiles:
         side += [f"{SIDE_FOLDER}/{name}" for name in _names(path / SIDE_FOLDER) if name.endswith(SUFFIX)]
     head = _split(_read(path, side), bare=True)[1]
     return CheckpointFiles(trunk, head, path, "side file" if head else "")
+
+
+def identity(folders: Iterable[Path], names: Iterable[str]) -> str:
+    """A digest of the sizes and modification times of config.json and of the named files: what tells one set of weights
+    from another without reading it."""
+    digest = hashlib.sha256()
+    for folder in dict.fromkeys(folders):
+        for name in sorted({"config.json", *names}):
+            with contextlib.suppress(OSError):  # the head's files lie in another folder than the trunk's
+                known = (folder / name).stat()
+                digest.update(f"{name} {known.st_size} {known.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def weight_names(path: Path) -> list[str]:

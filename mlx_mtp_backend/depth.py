@@ -1,30 +1,35 @@
 """How many tokens to draft a round: the depth that promises the most tokens a second, 0 included.
 
-What a round costs is measured, by the sequences and rows of its pass; how likely drafts are kept is estimated position
-by position, for each sequence and for the model. A depth is taken only if no sequence is expected to become slower than
-without drafts. No MLX here.
+What a round costs is measured, see costs; how likely drafts are kept is estimated position by position, for each
+sequence and for the model. A depth is taken only if no sequence is expected to become slower than without drafts.
+Other depths are tried where they might win, and what that loses is bounded. No MLX here.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_mtp_backend.costs import Costs
+
 MAX_DEPTH = 5  # deeper never paid with any released head
-FIRST_GUESS = 0.8  # of a draft's chance, before anything was seen
+FIRST_GUESS = 0.6  # of a draft's chance, before anything was seen: low, as hoping for too much is dear
 HYSTERESIS = 0.03  # another depth must promise this much more
-TOLERANCE = 0.02  # a sequence may be expected to lose this much
-PROBE_SHARE = 0.01  # of all time may go to rounds at other depths
-PROBE_ROUNDS = 3
-HORIZON = 64  # rounds by which the head's catching up must have paid for itself
-_UNTIMED = 2  # rounds of each kind: they compile, and instantiate graphs
-_WINDOW, _ENOUGH = 9, 3  # timings kept of each kind of round, and how many a median needs
-_SEQUENCE_MEMORY, _MODEL_MEMORY = 0.97, 0.999  # what an observation still weighs a round later
+DOUBT = 0.1  # and this much more again where its cost is only reckoned
+TOLERANCE = 0.02  # one sequence may be expected to lose this much, if all together do not
+PROBE_SHARE = 0.01  # of all time may be lost by rounds at other depths
+SAVED = 4  # rounds' time that the share may grow to
+PROBE_ROUNDS = 2  # in the first the head may have to catch up, which leaves the second to be timed
+WORTH = 0.25  # what a probe might win, as a share; where it is less, the probe must be cheaper in proportion
+DRIFT = 0.25  # that a cost may have fallen by since it was measured
+HORIZON = 64  # rounds by which the head's catching up must have paid for itself, or as many as it missed
+_SEQUENCE_MEMORY, _MODEL_MEMORY = 0.98, 0.997  # what an observation still weighs a round later
+_CATCH_UPS, _TELLING_ROWS = 9, 32  # timings kept, of passes that are long enough to show
 _REMEMBERED = 32.0  # rounds' worth of trust in what an earlier run saw
+_SEEN = 2.5  # rounds that tell something of a draft position
 _PRIOR_WEIGHT = 4.0  # rounds' worth of trust in the wider estimate
 
 
@@ -32,11 +37,13 @@ class Acceptance:
     """Chance of each draft to be kept, given that all before it were; older rounds count less.
 
     Args:
-        prior: what to believe where little was seen; None: the position before, and FIRST_GUESS at the first.
+        prior: what to believe where little was seen; None: the position before.
+        guess: of the first draft, without a prior.
     """
 
-    def __init__(self, prior: Acceptance | None = None) -> None:
+    def __init__(self, prior: Acceptance | None = None, guess: float = FIRST_GUESS) -> None:
         self._prior = prior
+        self._guess = guess
         self._memory = _MODEL_MEMORY if prior is None else _SEQUENCE_MEMORY
         self._tried: list[float] = []
         self._kept: list[float] = []
@@ -55,7 +62,7 @@ class Acceptance:
         if self._prior is not None:
             believed = self._prior.chance(position)
         else:
-            believed = self.chance(position - 1) if position else FIRST_GUESS
+            believed = self.chance(position - 1) if position else self._guess
         if position >= len(self._tried):
             return believed
         return (self._kept[position] + _PRIOR_WEIGHT * believed) / (self._tried[position] + _PRIOR_WEIGHT)
@@ -68,6 +75,11 @@ class Acceptance:
             total += reach
         return total
 
+    @property
+    def positions(self) -> int:
+        """How many draft positions were seen often enough to go one further."""
+        return sum(tried >= _SEEN for tried in self._tried)
+
     def to_json(self) -> list[list[float]]:
         return [list(pair) for pair in zip(self._tried, self._kept, strict=True)]
 
@@ -76,57 +88,6 @@ class Acceptance:
         shrunk = [(float(tried), float(kept), min(1.0, _REMEMBERED / max(float(tried), 1.0))) for tried, kept in stored]
         self._tried = [tried * share for tried, _, share in shrunk]
         self._kept = [kept * share for _, kept, share in shrunk]
-
-
-class Costs:
-    """Seconds of a round by (sequences, rows), as the median of the newest timings."""
-
-    def __init__(self) -> None:
-        self._rounds: Counter[tuple[int, int]] = Counter()
-        self._timings: dict[tuple[int, int], deque[float]] = {}
-        self._believed: dict[tuple[int, int], float] = {}
-
-    def observe(self, sequences: int, rows: int, seconds: float) -> None:
-        """One round. The first of its kind are not timed."""
-        key = (sequences, rows)
-        self._rounds[key] += 1
-        if self._rounds[key] > _UNTIMED:
-            timings = self._timings.setdefault(key, deque(maxlen=_WINDOW))
-            timings.append(seconds)
-            self._believed[key] = statistics.median(timings) if len(timings) >= _ENOUGH else min(timings)
-
-    def known(self, sequences: int, rows: int) -> bool:
-        """Whether it was measured often enough to compare others with."""
-        key = (sequences, rows)
-        return key in self._believed and not 0 < len(self._timings.get(key, ())) < _ENOUGH
-
-    def seen(self, sequences: int, rows: int) -> bool:
-        """Whether it was measured at all."""
-        return (sequences, rows) in self._believed
-
-    def seconds(self, sequences: int, rows: int) -> float | None:
-        """What a round takes at least; None where nothing at all is known.
-
-        What was not measured is taken to cost what fewer rows cost, plus what the difference is known to cost a single
-        sequence. So it may look better than it is, and then is tried and measured.
-        """
-        fewer = max((r for count, r in self._believed if count == sequences and r <= rows), default=None)
-        if fewer is None:
-            return self.seconds(1, rows) if sequences != 1 else None
-        cost = self._believed[sequences, fewer]
-        if fewer == rows or sequences == 1:
-            return cost
-        more, less = self.seconds(1, rows), self.seconds(1, fewer)
-        return cost if more is None or less is None else cost + max(more - less, 0.0)
-
-    def to_json(self) -> list[list[float]]:
-        return [[*key, seconds] for key, seconds in sorted(self._believed.items())]
-
-    def restore(self, stored: Sequence[Sequence[float]]) -> None:
-        believed = {(int(count), int(rows)): float(seconds) for count, rows, seconds in stored}
-        if not all(0 < seconds < math.inf for seconds in believed.values()):
-            raise ValueError("a round takes a positive number of seconds")
-        self._believed = believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,59 +99,138 @@ class Drafted:
     accepted: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What rounds of one depth are expected to do.
+
+    Attributes:
+        rows: of the pass.
+        seconds: of a round.
+        at_least: likewise, if what is not certain turned out well.
+        known: whether its cost was measured.
+        tokens: of a round, all sequences together.
+        fewest: of a round, for the sequence that gets fewest.
+    """
+
+    depth: int
+    rows: int
+    seconds: float
+    at_least: float
+    known: bool
+    tokens: float
+    fewest: float
+
+    def rate(self, extra: float = 0.0) -> float:
+        """Tokens a second, with so many seconds more each round."""
+        return self.tokens / (self.seconds + extra)
+
+
+@dataclass(slots=True)
+class _Probe:
+    """Rounds at another depth, to see what it gives.
+
+    Attributes:
+        price: seconds that it may lose, as booked; more where it can win little.
+        seconds: that its rounds are still expected to take.
+        left: rounds still to run.
+    """
+
+    sequences: int
+    depth: int
+    price: float
+    seconds: float
+    left: int = PROBE_ROUNDS
+
+
 class DepthController:
     """Chooses the depth of one model's rounds.
 
     Args:
         most_rows: of a pass, beyond which the model has no fast path; None: no such limit.
+        guess: of a first draft's chance, before anything was seen.
     """
 
-    def __init__(self, most_rows: int | None = None) -> None:
+    def __init__(self, most_rows: int | None = None, guess: float = FIRST_GUESS) -> None:
         self.costs = Costs()
-        self.acceptance = Acceptance()
+        self.acceptance = Acceptance(guess=guess)
         self._most_rows = most_rows
         self._current: dict[int, int] = {}
         self._round = 0
         self._seen: dict[tuple[int, int], int] = {}
-        self._credit = 0.0
-        self._probe: tuple[int, int, int] | None = None  # sequences, depth, rounds left
-        self._catch_up = 0.0  # seconds for each row that a head has missed
+        self._credit = 0.0  # seconds that probes may lose
+        self._probe: _Probe | None = None
+        self._catch_ups: deque[float] = deque(maxlen=_CATCH_UPS)  # seconds for each row that a head had missed
 
     def sequence(self) -> Acceptance:
         """The estimate of a new sequence."""
         return Acceptance(self.acceptance)
 
-    def choose(self, streams: Sequence[Acceptance], others: int = 0, other_rows: int = 0, missed: int = 0) -> int:
+    def choose(
+        self,
+        streams: Sequence[Acceptance],
+        others: int = 0,
+        other_rows: int = 0,
+        missed: int = 0,
+        left: float = math.inf,
+    ) -> int:
         """The depth of the next round.
 
         Args:
             streams: the estimates of the sequences that take this depth, at least one.
             others: sequences of the pass whose depth is fixed, with `other_rows` rows.
             missed: rows that the head must run before it can draft for these sequences.
+            left: rounds that these sequences may still run, on average.
         """
         sequences = len(streams) + others
         rows = [other_rows + len(streams) * (1 + depth) for depth in range(MAX_DEPTH + 1)]
         rows = [count for count in rows if self._most_rows is None or count <= self._most_rows] or rows[:1]
-        if self._probe is not None and self._probe[0] == sequences and self._probe[1] < len(rows):
-            return self._probe[1]
-        plain = self.costs.seconds(sequences, rows[0])
-        if plain is None or not self.costs.known(sequences, rows[0]):
+        if self._probe is not None and self._probe.sequences == sequences and self._probe.depth < len(rows):
+            return self._probe.depth
+        choices = self._choices(sequences, rows, streams)
+        if not choices:
             return 0  # nothing can be compared before plain decoding was measured
-        # One step deeper than what was seen: a deep pass may cost many times a shallow one.
-        rows = rows[: max(depth for depth, count in enumerate(rows) if self.costs.seen(sequences, count)) + 2]
-        rates: dict[int, float] = {}
         catching_up = self._catch_up * missed
-        for depth, count in enumerate(rows):
-            seconds = self.costs.seconds(sequences, count) or plain
-            seconds += catching_up / HORIZON if depth else 0.0
-            tokens = [stream.expected(depth) for stream in streams]
-            if min(tokens) / seconds >= (1 - TOLERANCE) / plain:
-                rates[depth] = sum(tokens) / seconds
-        best, current = max(rates, key=lambda depth: rates[depth]), self._current.get(sequences, 0)
-        if current not in rates or rates[best] > (1 + HYSTERESIS) * rates[current]:
-            current = best
+        # A reply that has gone on for long is likely to go on for as long again.
+        horizon = max(1, min(left, max(HORIZON, missed // len(streams))))
+        current = _best(choices, self._current.get(sequences, 0), catching_up / horizon)
         self._current[sequences] = current
-        return self._probing(sequences, current, rows, 0.0 if current else catching_up)
+        return self._probing(sequences, choices, current, 0.0 if current else catching_up)
+
+    def _choices(self, sequences: int, rows: Sequence[int], streams: Sequence[Acceptance]) -> list[_Choice]:
+        """Depths from 0 on: to one draft more than was seen of acceptance, and to twice the rows of what is known, as a
+        large pass may cost many times a small one."""
+        within = max(2 * self.costs.most_rows(sequences), *rows[:2])
+        choices = []
+        for depth, count in enumerate(rows[: self.acceptance.positions + 2]):
+            seconds = self.costs.seconds(sequences, count)
+            if seconds is None or count > within:
+                break
+            at_least, known = self.costs.at_least(sequences, count) or seconds, self.costs.known(sequences, count)
+            if known and not self.costs.firm(sequences, count):
+                at_least *= 1 - DRIFT
+            tokens = [stream.expected(depth) for stream in streams]
+            choices.append(_Choice(depth, count, seconds, at_least, known, sum(tokens), min(tokens)))
+        return choices
+
+    def _probing(self, sequences: int, choices: Sequence[_Choice], current: int, catching_up: float) -> int:
+        """`current`, or of the depths that might win the one seen longest ago, once what it may lose is paid for."""
+        now, candidates = choices[current], []
+        deeper = [choice for choice in choices[current + 1 :] if _gain(choice, choices, current) > HYSTERESIS]
+        for choice in [*choices[:current], *deeper[:1]]:
+            gain = _gain(choice, choices, current)
+            if gain > HYSTERESIS:
+                weight = max(1.0, WORTH / gain)
+                # At worst: no draft stands that is not made at present.
+                loss = max(0.0, choice.seconds - min(choice.tokens, now.tokens) / now.rate())
+                price = weight * (PROBE_ROUNDS * loss + catching_up)
+                if self._credit >= price:
+                    expected = PROBE_ROUNDS * choice.seconds + catching_up
+                    candidates.append(_Probe(sequences, choice.depth, price, expected))
+        if not candidates:
+            return current
+        self._probe = min(candidates, key=lambda probe: self._seen.get((sequences, choices[probe.depth].rows), 0))
+        self._credit -= self._probe.price
+        return self._probe.depth
 
     def observe(self, streams: Sequence[Drafted], seconds: float, *, caught_up: int = 0) -> None:
         """A round is done.
@@ -207,29 +247,33 @@ class DepthController:
                 stream.acceptance.observe(stream.drafted, stream.accepted)
         sequences, rows = len(streams), sum(1 + stream.drafted for stream in streams)
         self._seen[sequences, rows] = self._round
+        usual = self.costs.seconds(sequences, rows)
         if not caught_up:
             self.costs.observe(sequences, rows, seconds)
-        elif self.costs.seen(sequences, rows):
-            extra = max(seconds - (self.costs.seconds(sequences, rows) or 0.0), 0.0) / caught_up
-            self._catch_up = 0.5 * (self._catch_up + extra) if self._catch_up else extra
+        elif usual is not None and caught_up >= _TELLING_ROWS and self.costs.known(sequences, rows):
+            self.observe_catching_up(caught_up, max(seconds - usual, 0.0))
         if any(stream.acceptance is not None for stream in streams):
-            self._credit = min(self._credit + PROBE_SHARE * seconds, 10 * PROBE_ROUNDS * seconds)
+            self._credit = min(self._credit + PROBE_SHARE * seconds, SAVED * seconds)
         if self._probe is not None:
-            count, depth, left = self._probe
-            self._probe = (count, depth, left - 1) if left > 1 and count == sequences else None
+            only_caught_up = caught_up > 0 and not any(stream.drafted for stream in streams)
+            self._continue(self._probe, sequences, seconds, 0 if only_caught_up else 1)
 
-    def _probing(self, sequences: int, current: int, rows: Sequence[int], catching_up: float) -> int:
-        """`current`, or no drafts or a neighbour, if seen long ago, once enough time has gone by to pay for it."""
-        others = [depth for depth in (current - 1, current + 1, 0) if 0 <= depth < len(rows) and depth != current]
-        if not others:
-            return current
-        depth = min(others, key=lambda d: self._seen.get((sequences, rows[d]), 0))
-        price = PROBE_ROUNDS * (self.costs.seconds(sequences, rows[depth]) or 0.0) + catching_up
-        if self._credit < price:
-            return current
-        self._credit -= price
-        self._probe = (sequences, depth, PROBE_ROUNDS)
-        return depth
+    def observe_catching_up(self, rows: int, seconds: float) -> None:
+        """A head took so long for rows that it had missed."""
+        self._catch_ups.append(seconds / rows)
+
+    @property
+    def _catch_up(self) -> float:
+        """Seconds for each row that a head has missed: the lower quartile, as disturbances only add."""
+        return sorted(self._catch_ups)[len(self._catch_ups) // 4] if self._catch_ups else 0.0
+
+    def _continue(self, probe: _Probe, sequences: int, seconds: float, rounds: int) -> None:
+        """A probe goes on; what its rounds took beyond what was expected is booked at the end."""
+        probe.seconds -= seconds
+        probe.left -= rounds
+        if probe.left == 0 or probe.sequences != sequences:
+            self._credit += min(0.0, probe.seconds)
+            self._probe = None
 
     def to_json(self) -> dict[str, Any]:
         """What is worth remembering."""
@@ -237,13 +281,42 @@ class DepthController:
             "costs": self.costs.to_json(),
             "acceptance": self.acceptance.to_json(),
             "catch_up": self._catch_up,
+            "head_step": self.costs.head_step,
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Begins from what was remembered. Raises ValueError, TypeError or KeyError where it is malformed."""
         self.costs.restore(stored["costs"])
         self.acceptance.restore(stored["acceptance"])
-        catch_up = float(stored["catch_up"])
-        if not 0 <= catch_up < math.inf:
-            raise ValueError("catching up takes a number of seconds")
-        self._catch_up = catch_up
+        catch_up, head_step = float(stored["catch_up"]), float(stored["head_step"])
+        if not 0 <= catch_up < math.inf or not 0 <= head_step < math.inf:
+            raise ValueError("a head takes a number of seconds")
+        self._catch_ups, self.costs.head_step = deque([catch_up], _CATCH_UPS), head_step
+
+
+def _best(choices: Sequence[_Choice], current: int, catching_up: float) -> int:
+    """The depth that promises most, or the present one if that promises hardly less, and no less than none.
+
+    Args:
+        catching_up: seconds of it in each round that drafts.
+    """
+    plain = choices[0].seconds
+    rates: dict[int, float] = {}
+    for choice in choices:
+        extra = (catching_up if choice.depth else 0.0) + (0.0 if choice.known else DOUBT * choice.seconds)
+        if choice.fewest / (choice.seconds + extra) >= (1 - TOLERANCE) / plain or not choice.depth:
+            rates[choice.depth] = choice.rate(extra)
+    best = max(rates, key=lambda depth: rates[depth])
+    stays = current in rates and rates[0] <= rates[current] and rates[best] <= (1 + HYSTERESIS) * rates[current]
+    return current if stays else best
+
+
+def _gain(choice: _Choice, choices: Sequence[_Choice], current: int) -> float:
+    """What a depth might win over the present one, as a share: if all drafts stood that are not made at present, or if
+    fewer drafts had become cheaper than they were."""
+    now = choices[current]
+    if choice.depth < current:
+        cost = (1 - DRIFT) * choice.seconds if choice.known else choice.at_least
+        return choice.tokens / cost / now.rate() - 1
+    reach = now.tokens - (choices[current - 1].tokens if current else 0.0)
+    return (now.tokens + (choice.depth - current) * reach) / choice.at_least / now.rate() - 1

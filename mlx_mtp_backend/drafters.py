@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp_backend import draws, noise, sampling
+from mlx_mtp_backend import cache, draws, noise, sampling
 from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
@@ -19,6 +19,8 @@ from mlx_mtp_backend.sampling import Law
 from mlx_mtp_backend.sequence import Sequence
 
 Kind = TypeVar("Kind", bound=Hashable)
+
+CATCH_UP_ROWS = 256  # that heads run in one round because they missed them: no more than a chunk of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +45,49 @@ class Drafter(Protocol):
 
 
 class HeadDrafter:
-    """The model's own head, run on its own output for the later drafts."""
+    """The model's own head, run on its own output for the later drafts.
+
+    A head that missed many slots, as nothing was drafted for long, catches up in slices, a round each, before it drafts
+    again. It skips none: wrong or missing slots would change no reply, as any draft is verified, but fewer would stand.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
     def draft(self, sequences: list[Sequence]) -> list[Draft | None]:
-        runs = [_Run(sequence) for sequence in sequences if sequence.round_depth > 0]
+        runs = [_Run(sequence) for sequence in self._ready(sequences)]
         if runs:
             self._draft(runs)
         drafts = {id(run.sequence): run.draft for run in runs}
         return [drafts.get(id(sequence)) for sequence in sequences]
+
+    def _ready(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that draft in this round; of the others the one that is least behind is brought nearer."""
+        ready, room = [], CATCH_UP_ROWS
+        for sequence in sorted(sequences, key=lambda one: one.pending_rows):
+            if sequence.round_depth == 0:
+                continue
+            behind = max(0, sequence.pending_rows - sequence.round_depth - 1)
+            if behind <= room:
+                ready.append(sequence)
+            elif room:
+                self._bring_nearer(sequence, room)
+            room = max(0, room - behind)
+        return ready
+
+    def _bring_nearer(self, sequence: Sequence, rows: int) -> None:
+        """Run the head over the oldest slots that it has missed. They are committed by themselves: whatever becomes of
+        the round, they are right."""
+        pending = mx.concatenate(sequence.pending)
+        first = len(sequence.tokens) - pending.shape[0]
+        tokens = mx.array(sequence.tokens[first : first + rows], mx.int32)
+        self._model.head(tokens, pending[:rows], [Segment(sequence.head, rows)])
+        cache.commit(sequence.head, rows)
+        cache.begin(sequence.head)
+        sequence.pending = [pending[rows:]]
+        # Nothing else in the round needs them, and unevaluated they would pile up to one long pass after all.
+        settled = [array for layer in sequence.head for array in layer.arrays]
+        mx.async_eval([*settled, *sequence.pending])  # type: ignore[no-untyped-call]
 
     def _draft(self, runs: list[_Run]) -> None:
         """Step by step, each for all that want one more; rows of several sequences stay one array throughout."""

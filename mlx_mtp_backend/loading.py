@@ -17,7 +17,7 @@ from mlx_mtp_backend import numerics, wiring
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Rule, WiringPolicy
 from mlx_mtp_backend.calibration import DepthMemory, calibrate
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPStatus, inspect_checkpoint
-from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.depth import FIRST_GUESS, DepthController
 from mlx_mtp_backend.device import memory_bytes
 from mlx_mtp_backend.drafters import Drafter, HeadDrafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
@@ -71,9 +71,17 @@ def load(
         log.info("%s runs on stock operations: %s", name, stock_because)
     replay, reason = yield from numerics.replay_class(model)
     wired = yield from _check_wiring(model, text, options)
-    depths, drafter = DepthController(model.most_rows), HeadDrafter(model) if model.has_head else None
+    rule = unseeded_rule(options, wired, drawn=model.sampler is not None)
+    depths, drafter = (
+        DepthController(model.most_rows, first_guess(wired, rule)),
+        HeadDrafter(model) if model.has_head else None,
+    )
     print_of_bits = numerics.fingerprint(model, dtype, options.prefill_chunk)
-    if drafter is not None and options.depth is None and not memory.recall(path, print_of_bits, depths):
+    if (
+        drafter is not None
+        and options.depth is None
+        and not memory.recall(path, report.identity, print_of_bits, depths)
+    ):
         yield from calibrate(model, drafter, depths)
     info = LoadedModel(
         name=name,
@@ -92,7 +100,7 @@ def load(
         replay=replay,
         replay_reason=reason,
         fingerprint=print_of_bits,
-        unseeded_rule=unseeded_rule(options, wired, drawn=model.sampler is not None),
+        unseeded_rule=rule,
         wiring=wired,
     )
     return Resident(info, model, drafter, depths, options)
@@ -130,6 +138,13 @@ def _check_wiring(
     if not report.healthy or report.better:
         log.warning("%s", report.summary())
     return report
+
+
+def first_guess(report: WiringReport | None, rule: Rule) -> float:
+    """Of a first draft's chance to be kept: less than usual where the check kept fewer."""
+    if report is None or report.positions < wiring.ENOUGH:
+        return FIRST_GUESS
+    return min(FIRST_GUESS, report.rules[rule])
 
 
 def unseeded_rule(options: LoadOptions, report: WiringReport | None, *, drawn: bool) -> Rule:

@@ -6,7 +6,7 @@ from mlx_mtp_backend import rounds
 from mlx_mtp_backend.depth import MAX_DEPTH, DepthController, Drafted
 from mlx_mtp_backend.drafters import Drafter
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.rounds import Round
+from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
 
 
@@ -14,14 +14,28 @@ def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequenc
     """One round, see rounds.run_round. Sequences whose depth is not fixed get the one that promises most now."""
     _share(model, sequences)
     _assign(depths, sequences)
-    missed = sum(_missed(one, one.round_depth) for one in sequences if one.round_depth)
+    before = [one.pending_rows for one in sequences]
     done = rounds.run_round(model, drafter, sequences)
+    caught_up = sum(
+        _caught_up(one, committed, pending)
+        for one, committed, pending in zip(sequences, done.committed, before, strict=True)
+    )
     fates = [
         Drafted(one.acceptance, committed.drafted, max(len(committed.tokens) - 1, 0))
         for one, committed in zip(sequences, done.committed, strict=True)
     ]
-    depths.observe(fates, done.seconds, caught_up=missed)
+    depths.observe(fates, done.seconds, caught_up=caught_up)
     return done
+
+
+def _caught_up(one: Sequence, committed: Committed, pending: int) -> int:
+    """Rows that the head ran in a round beyond those that a round of this depth leaves.
+
+    Args:
+        pending: rows that it had still to run before.
+    """
+    ran = pending + len(committed.tokens) - one.pending_rows if one.head else 0
+    return max(0, ran - (1 + committed.drafted if committed.drafted else 0))
 
 
 def _share(model: Model, sequences: list[Sequence]) -> None:
@@ -38,12 +52,8 @@ def _assign(depths: DepthController, sequences: list[Sequence]) -> None:
         return
     fixed = [one for one in sequences if one.acceptance is None]
     rows = sum(1 + one.round_depth for one in fixed)
-    missed = sum(_missed(one, MAX_DEPTH) for one, _ in adaptive)
-    depth = depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows, missed)
+    missed = sum(max(0, one.pending_rows - MAX_DEPTH - 1) for one, _ in adaptive)
+    left = sum(one.limit - len(one.tokens) for one, _ in adaptive) // len(adaptive)
+    depth = depths.choose([acceptance for _, acceptance in adaptive], len(fixed), rows, missed, left)
     for one, _ in adaptive:
         one.depth = depth
-
-
-def _missed(one: Sequence, depth: int) -> int:
-    """Rows that the head is behind, beyond those that a round of this depth leaves."""
-    return max(0, one.pending_rows - depth - 1)

@@ -200,7 +200,8 @@ class Worker:
     def _remember(self, resident: Resident) -> None:
         """What a model's rounds cost, where its depth is chosen by that."""
         if resident.drafter is not None and resident.options.depth is None:
-            self._depth_memory.keep(resident.info.path, resident.info.fingerprint, resident.depths)
+            info = resident.info
+            self._depth_memory.keep(info.path, info.report.identity, info.fingerprint, resident.depths)
 
     def _prefill(self, job: Job) -> None:
         """One chunk of the first job in line, which then goes to the end of the line."""

@@ -1,5 +1,6 @@
 """Replay where requests come and go: in one batch or many, at any depth, from a cold or a warm prefix cache."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Restless(DepthController):
         super().__init__()
         self._random = random.Random(seed)
 
-    def choose(self, streams, others=0, other_rows=0, missed=0):
+    def choose(self, streams, others=0, other_rows=0, missed=0, left=math.inf):
         return self._random.choice((0, 0, 1, 2, 4))
 
 

@@ -1,8 +1,10 @@
 """The engine where no depth is set, and where prompts come again: what callers see of it."""
 
 import json
+import math
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_mtp_backend import (
@@ -16,10 +18,15 @@ from mlx_mtp_backend import (
     Started,
     Statistics,
     WiringPolicy,
+    cache,
     rounds,
 )
 from mlx_mtp_backend.api import Rule
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.drafters import CATCH_UP_ROWS, HeadDrafter
+from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.pacing import paced_round
+from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
 from tests.engine.test_engine import tokens_of
 
@@ -108,7 +115,24 @@ def test_what_was_measured_is_remembered(history, tmp_path):
     assert "rounds" in stages[0]
     assert "rounds" not in stages[1]
     (stored,) = json.loads(memory.read_text()).values()
-    assert [row[:2] for row in stored["costs"]][:2] == [[1, 1], [1, 2]]
+    assert [row[:2] for row in stored["costs"]][:1] == [[1, 1]]
+    assert stored["head_step"] > 0
+    assert 0 < stored["catch_up"] < math.inf
+
+
+def test_what_other_files_showed_is_not_taken_over(tmp_path):
+    """A model that is replaced where it lies is another one."""
+    folder, memory = tmp_path / "model", tmp_path / "depths.json"
+    write(folder, Recipe(layers=2))
+    stages: list[list[str]] = []
+    for seed in (1, 1, 2):
+        if seed == 2:
+            write(folder, Recipe(layers=2, seed=seed))
+        stages.append([])
+        with Engine(EngineOptions(device="cpu", depth_memory=memory)) as engine:
+            engine.load("m", folder, ADAPTIVE, lambda step: stages[-1].append(step.stage)).result(timeout=60)
+    assert ["rounds" in stage for stage in stages] == [True, False, True]
+    assert len(json.loads(memory.read_text())) == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 1', "{}"])
@@ -155,7 +179,84 @@ def test_a_long_reply_without_drafts_keeps_few_arrays_and_drafts_again(history):
     assert one.pending_rows == 301
     assert len(one.pending) < 70
     one.depth = 3
-    rounds.run_round(model, HeadDrafter(model), [one])
+    for _ in range(2):  # the first brings the head nearer
+        rounds.run_round(model, HeadDrafter(model), [one])
+    assert one.drafted
     (plain,) = decode.generate(model, [PROMPT], 400, HeadDrafter(model), sampling=Sampling(0.8), depth=0, seed=5)
     assert one.tokens == plain.tokens[: len(one.tokens)]
     assert one.head[0].offset + one.pending_rows == len(one.tokens) - 1
+
+
+def lagging(model, missed: int, start: int = 0):
+    """A sequence whose head is so many slots behind."""
+    one = decode.start(model, PROMPT[start:], 2000, sampling=Sampling(0.8), seed=5, rule=Rule.COUPLING, depth=2)
+    decode.prefill(model, one)
+    one.depth = 0
+    while one.pending_rows < missed:
+        rounds.run_round(model, HeadDrafter(model), [one])
+    one.depth = 2
+    return one
+
+
+def test_a_head_far_behind_catches_up_in_slices(history, monkeypatch):
+    """No pass of the head is longer than a slice, every slot is run with its own hidden, and drafts are those of a head
+    that never lagged."""
+    model = decode.load(history)
+    one, other = lagging(model, 3 * CATCH_UP_ROWS // 2), lagging(model, CATCH_UP_ROWS + 40, start=1)
+    passes: list[int] = []
+    head = type(model).head
+
+    def counted(self, tokens, carried, segments):
+        passes.append(tokens.shape[0])
+        return head(self, tokens, carried, segments)
+
+    monkeypatch.setattr(type(model), "head", counted)
+    drafter, depths, behind = HeadDrafter(model), DepthController(), []
+    for _ in range(6):
+        before = len(passes)
+        paced_round(model, drafter, depths, [one, other])
+        behind.append(sum(passes[before:]))
+    assert max(passes) <= CATCH_UP_ROWS + 2 * 3
+    assert max(behind) <= CATCH_UP_ROWS + 2 * 3 * 2
+    assert one.drafted
+    assert other.drafted
+    monkeypatch.undo()
+    (plain,) = decode.generate(model, [PROMPT], 2000, HeadDrafter(model), sampling=Sampling(0.8), depth=0, seed=5)
+    assert one.tokens == plain.tokens[: len(one.tokens)]
+    assert one.head[0].offset + one.pending_rows == len(one.tokens) - 1
+
+
+def test_slices_leave_the_head_as_one_pass_does(history):
+    """Its next drafts are the same."""
+    model = decode.load(history)
+    sliced, whole = lagging(model, 300), lagging(model, 300)
+    rounds.run_round(model, HeadDrafter(model), [sliced])
+    assert sliced.pending_rows < 60
+    whole.depth = 0
+    rounds.run_round(model, HeadDrafter(model), [whole])
+    whole.depth = 2
+    hidden = mx.concatenate(whole.pending)
+    cache.begin(whole.head)
+    model.head(mx.array(whole.tokens[-len(hidden) :], mx.int32), hidden, [Segment(whole.head, len(hidden))])
+    rows = [one.head[0].rows(0, 340)[0] for one in (whole,)]
+    cache.abort(whole.head)
+    rounds.run_round(model, HeadDrafter(model), [sliced])
+    assert sliced.drafted
+    assert mx.allclose(sliced.head[0].rows(0, 340)[0], rows[0], atol=1e-4)
+
+
+def test_a_round_that_fails_keeps_the_slices_that_were_run(history):
+    model = decode.load(history)
+    one = lagging(model, 300)
+    trunk = type(model).trunk
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(model), "trunk", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+        with pytest.raises(RuntimeError):
+            rounds.run_round(model, HeadDrafter(model), [one])
+    assert type(model).trunk is trunk
+    assert one.pending_rows < 60
+    assert one.head[0].offset + one.pending_rows == len(one.tokens) - 1
+    for _ in range(3):
+        rounds.run_round(model, HeadDrafter(model), [one])
+    (plain,) = decode.generate(model, [PROMPT], 2000, HeadDrafter(model), sampling=Sampling(0.8), depth=0, seed=5)
+    assert one.tokens == plain.tokens[: len(one.tokens)]

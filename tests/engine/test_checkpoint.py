@@ -1,6 +1,7 @@
 """Capability by evidence, and no harm from a hostile folder."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_a_head_is_found_wherever_it_lies(tmp_path, place, wrapper):
     assert (report.family, report.context_length, report.layers) == ("qwen3_5", 4096, 4)
     assert report.has_tokenizer
     assert report.has_chat_template
+
+
+def test_its_identity_is_that_of_its_files(copy, tmp_path):
+    """Replaced weights, another configuration and another head are told without reading them."""
+    head = write(tmp_path / "other", Recipe(head="side")) / "mtp.safetensors"
+    shard = next(copy.glob("model-00001*"))
+    seen = [inspect_checkpoint(copy).identity, inspect_checkpoint(copy, head).identity]
+    assert inspect_checkpoint(copy).identity == seen[0]
+    for changed, head_path in ((shard, None), (copy / "config.json", None), (head, head)):
+        os.utime(changed, ns=(1, 1))
+        seen.append(inspect_checkpoint(copy, head_path).identity)
+    with (copy / "config.json").open("a") as file:
+        file.write("\n")
+    os.utime(copy / "config.json", ns=(1, 1))
+    seen.append(inspect_checkpoint(copy).identity)
+    assert len(set(seen)) == len(seen)
 
 
 def test_declared_but_absent(tmp_path):

@@ -1,0 +1,180 @@
+"""Streams that decode together, at the controller's depth and plainly, measured side by side.
+
+Both sides decode the same seeded replies, so the same tokens. They take turns, a token or two at a time and in random
+order, so that whatever else the machine does meets both. Rounds of one kind (rows, and slots that the head had missed)
+count as their median, since one disturbed round would outweigh what is looked for; a kind of which there is one round
+counts as it was. Three figures, from the most direct to the least disturbed:
+
+* wall: wall time;
+* cpu: CPU time of the process, which does not count what it waits for a core;
+* work: likewise, but a kind costs the same on both sides, where it is the same work. So what differs is only which
+  rounds were run.
+
+The controller times its rounds by wall time, as in the service, or by CPU time, where a shared machine would show it
+something else each time.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from mlx_mtp_backend import calibration, rounds, sequence
+from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.pacing import paced_round
+
+STREAMS = (1, 2, 4, 8)
+SAMPLING = Sampling(0.6, top_k=20, top_p=0.95)
+PROMPT_TOKENS = 32
+TURN = 2  # tokens of each stream
+_SPARE = 64  # a stream that is ahead of the others must not end before they do
+_DRAWS = 1000
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One round.
+
+    Attributes:
+        kind: rows of the trunk's pass, and those that the head had missed.
+        seconds: wall time and the process's CPU time.
+    """
+
+    kind: tuple[int, int]
+    tokens: int
+    seconds: tuple[float, float]
+
+
+Turn = tuple[list[Timed], list[Timed]]  # the controller's rounds and the plain ones
+CONTROLLER_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+FIGURES = {"wall": (0, False), "cpu": (1, False), "work": (1, True)}  # the clock, and whether both sides share costs
+
+
+class Side:
+    """Streams that decode together; their prompts are read.
+
+    Args:
+        depths: chooses their depth; None decodes plainly.
+    """
+
+    def __init__(self, model: Any, streams: int, tokens: int, depths: DepthController | None) -> None:
+        self._model, self._depths = model, depths or DepthController()
+        self._drafter = HeadDrafter(model)
+        self.streams = [
+            sequence.start(
+                model,
+                tuple(range(40 + 5 * n, 40 + 5 * n + PROMPT_TOKENS)),
+                sampling=SAMPLING,
+                seed=n,
+                rule=Rule.COUPLING,
+                depth=0,
+                limit=PROMPT_TOKENS + tokens + _SPARE,
+                acceptance=depths.sequence() if depths else None,
+            )
+            for n in range(streams)
+        ]
+        for one in self.streams:
+            while one.prefilling:
+                rounds.prefill_chunk(model, one, 256)
+
+    def tokens(self) -> int:
+        return sum(len(one.tokens) for one in self.streams)
+
+    def turn(self, tokens: int) -> list[Timed]:
+        """Rounds until the streams together have at least so many tokens in all."""
+        done = []
+        while (before := self.tokens()) < tokens:
+            pending = sum(one.pending_rows for one in self.streams)
+            wall, cpu = time.perf_counter(), time.process_time()
+            fates = paced_round(self._model, self._drafter, self._depths, self.streams).committed
+            seconds = time.perf_counter() - wall, time.process_time() - cpu
+            rows = sum(1 + fate.drafted for fate in fates)
+            missed = max(0, pending - rows) if rows > len(fates) else 0
+            done.append(Timed((rows, missed), self.tokens() - before, seconds))
+        return done
+
+
+def measure(model: Any, acceptance: float, tokens: int, clock: str) -> Iterator[Row]:
+    """A row for each number of streams. The controller begins as after a load: it knows one stream's rounds, and what
+    it tries to learn of several is part of what is measured.
+
+    Args:
+        tokens: of each of the most streams; of fewer up to four times as many, as their rounds take less.
+        clock: of CONTROLLER_CLOCKS.
+    """
+    own = SimpleNamespace(perf_counter=CONTROLLER_CLOCKS[clock])
+    with patch.object(rounds, "time", own), patch.object(calibration, "time", own):
+        yield from _measure(model, acceptance, tokens)
+
+
+def _measure(model: Any, acceptance: float, least: int) -> Iterator[Row]:
+    depths = DepthController(model.most_rows)
+    for _ in calibration.calibrate(model, HeadDrafter(model), depths):
+        pass
+    order = random.Random(int(acceptance * 100))
+    for streams in STREAMS:
+        tokens = least * min(4, max(STREAMS) // streams)
+        auto, plain = Side(model, streams, tokens, depths), Side(model, streams, tokens, None)
+        turns: list[Turn] = []
+        start = auto.tokens()
+        for end in range(start + streams * TURN, start + streams * tokens + 1, streams * TURN):
+            first_auto = order.random() < 0.5
+            early = (auto if first_auto else plain).turn(end)
+            late = (plain if first_auto else auto).turn(end)
+            turns.append((early, late) if first_auto else (late, early))
+        _same(auto, plain)
+        used = [depth for one in auto.streams for depth, count in enumerate(one.depths) for _ in range(count)]
+        yield {
+            "acceptance": acceptance,
+            "streams": streams,
+            "tokens": tokens,
+            "mean_depth": sum(used) / len(used),
+            "rounds": sum(auto.streams[0].depths),
+        } | {figure: interval(turns, *how) for figure, how in FIGURES.items()}
+
+
+def _same(auto: Side, plain: Side) -> None:
+    """The replies are equal as far as both got: speed at the price of other tokens would be no speed."""
+    for one, other in zip(auto.streams, plain.streams, strict=True):
+        common = min(len(one.tokens), len(other.tokens))
+        if one.tokens[:common] != other.tokens[:common]:
+            raise AssertionError("drafting changed a reply")
+
+
+def interval(turns: Sequence[Turn], clock: int, shared: bool) -> dict[str, float]:
+    """The controller's tokens a second over plain ones: of all turns, and the middle 95 % of what drawing turns anew
+    gives."""
+    rng = random.Random(0)
+    drawn = sorted(_ratio(rng.choices(turns, k=len(turns)), clock, shared) for _ in range(_DRAWS))
+    return {
+        "auto_over_plain": _ratio(turns, clock, shared),
+        "low": drawn[int(0.025 * _DRAWS)],
+        "high": drawn[int(0.975 * _DRAWS)],
+    }
+
+
+def _ratio(turns: Sequence[Turn], clock: int, shared: bool) -> float:
+    auto, plain = ([one for turn in turns for one in turn[side]] for side in (0, 1))
+    costs = _costs([*auto, *plain], clock) if shared else None
+    return _rate(auto, costs or _costs(auto, clock)) / _rate(plain, costs or _costs(plain, clock))
+
+
+def _rate(done: Sequence[Timed], costs: dict[tuple[int, int], float]) -> float:
+    return sum(one.tokens for one in done) / sum(costs[one.kind] for one in done)
+
+
+def _costs(done: Sequence[Timed], clock: int) -> dict[tuple[int, int], float]:
+    """The median seconds of each kind of round."""
+    kinds: dict[tuple[int, int], list[float]] = {}
+    for one in done:
+        kinds.setdefault(one.kind, []).append(one.seconds[clock])
+    return {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
