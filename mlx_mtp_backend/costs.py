@@ -71,10 +71,15 @@ class Costs:
 
     def _reckoned(self, sequences: float, rows: float) -> float | None:
         """From other kinds of round: of as many sequences, or of fewer and of more with as many rows each."""
+        alike = self._alike(sequences, rows)
+        return self._between(sequences, rows) if alike is None else alike
+
+    def _alike(self, sequences: float, rows: float) -> float | None:
+        """From rounds of as many sequences; None where none of fewer rows is known."""
         known = sorted(r for count, r in self._settled if count == sequences and r != rows)
         fewer = max((r for r in known if r < rows), default=None)
         if fewer is None:
-            return self._between(sequences, rows)
+            return None
         cost = self._settled[sequences, fewer]
         more = min((r for r in known if r > rows), default=None)
         if more is None:
@@ -82,6 +87,7 @@ class Costs:
         return cost + (rows - fewer) * (self._settled[sequences, more] - cost) / (more - fewer)
 
     def _between(self, sequences: float, rows: float) -> float | None:
+        """From what is known of the next fewer and the next more sequences by themselves."""
         counts = {count for count, _ in self._settled}
         less, more = (
             max((count for count in counts if count < sequences), default=None),
@@ -89,7 +95,8 @@ class Costs:
         )
         if less is None or more is None:
             return None
-        low, high = (self.seconds(count, rows * count / sequences) for count in (less, more))
+        places = [(count, rows * count / sequences) for count in (less, more)]
+        low, high = (self._settled.get(place) or self._alike(*place) for place in places)
         return None if low is None or high is None else low + (sequences - less) / (more - less) * (high - low)
 
     def _row_price(self, sequences: float) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from mlx_mtp_backend import rounds
 from mlx_mtp_backend.depth import MAX_DEPTH, DepthController, Drafted
 from mlx_mtp_backend.drafters import Drafter
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 
 def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequences: list[Sequence]) -> Round:
@@ -16,6 +20,15 @@ def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequenc
     _assign(depths, sequences)
     before = [one.pending_rows for one in sequences]
     done = rounds.run_round(model, drafter, sequences)
+    try:
+        _learn(depths, sequences, done, before)
+    except Exception:  # its tokens are committed: whatever is learned from it, they must be delivered
+        log.exception("nothing was learned from a round")
+    return done
+
+
+def _learn(depths: DepthController, sequences: list[Sequence], done: Round, before: list[int]) -> None:
+    """Tell the controller how a round went; `before` are the rows that each head had still to run then."""
     caught_up = sum(
         _caught_up(one, committed, pending)
         for one, committed, pending in zip(sequences, done.committed, before, strict=True)
@@ -25,7 +38,6 @@ def paced_round(model: Model, drafter: Drafter, depths: DepthController, sequenc
         for one, committed in zip(sequences, done.committed, strict=True)
     ]
     depths.observe(fates, done.seconds, caught_up=caught_up)
-    return done
 
 
 def _caught_up(one: Sequence, committed: Committed, pending: int) -> int:

@@ -87,6 +87,12 @@ def test_a_number_of_sequences_between_known_ones_needs_no_measuring():
     assert costs.seconds(9, 9) is costs.seconds(1, 1) is None
 
 
+def test_numbers_that_know_only_passes_of_more_rows_do_not_ask_each_other_for_ever():
+    costs = measured(s1_r1=10.0, s2_r8=30.0, s4_r16=40.0, s8_r8=50.0)
+    assert costs.seconds(2, 2) is costs.seconds(4, 4) is None
+    assert costs.seconds(2, 9) is not None
+
+
 def test_more_rows_are_never_reckoned_cheaper():
     assert measured(s1_r1=10.0, s1_r2=9.0).seconds(1, 6) == 9.0
 

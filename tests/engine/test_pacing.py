@@ -18,6 +18,7 @@ from mlx_mtp_backend import (
     pacing,
 )
 from mlx_mtp_backend.api import Rule, WiringPolicy
+from mlx_mtp_backend.depth import DepthController
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.host import DeviceFailure
 from mlx_mtp_backend.text import GrowingText
@@ -73,6 +74,17 @@ def test_a_reply_whose_text_fails_ends_alone(engine, monkeypatch):
     for reply, whole, lost in zip(replies, plain, failed, strict=True):
         assert lost or tokens_of(reply) == whole
     assert tokens_of(list(engine.submit(ask(PROMPTS[0])))) == plain[0]
+
+
+def test_a_round_that_teaches_nothing_is_delivered(engine, monkeypatch):
+    """Its tokens are committed by then: the round must not be tried again."""
+    plain = [tokens_of(list(engine.submit(ask(prompt)))) for prompt in PROMPTS]
+
+    def failing(*arguments, **named):
+        raise RecursionError
+
+    monkeypatch.setattr(DepthController, "observe", failing)
+    assert [tokens_of(list(engine.submit(ask(prompt)))) for prompt in PROMPTS] == plain
 
 
 def test_a_device_that_fails_while_a_round_is_built_ends_its_replies(engine, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,8 @@ PRETENDER = """
 import os, pathlib, signal, sys, time
 signal.signal(signal.SIGHUP, lambda *_: print("hup", flush=True))
 signal.signal(signal.SIGTERM, lambda *_: (print("term", flush=True), sys.exit(0)))
-print("up", flush=True)
 end = pathlib.Path(sys.argv[1]).read_text()
+print("up", flush=True)
 if end == "abort":
     os.abort()
 elif end:
@@ -54,6 +55,9 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
+    # A line that does not come must fail a test, not hang it.
+    watchdog = threading.Timer(90.0, lambda: [kill(process) for process in started])
+    watchdog.start()
 
     def begin(*command: str, **options: str) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -61,11 +65,16 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         return started[-1]
 
     yield begin
+    watchdog.cancel()
     for process in started:
-        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-            child.kill()
-        process.kill()
+        kill(process)
         process.communicate()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+        child.kill()
+    process.kill()
 
 
 @pytest.fixture

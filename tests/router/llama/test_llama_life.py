@@ -267,7 +267,8 @@ async def test_a_thousand_cancels_leave_nothing_behind(make_backend, script_file
     for _ in range(10):
         await hundred()
     gc.collect()
-    await eventually(lambda: counts() == before)
+    # What still closed when it was counted first may be gone.
+    await eventually(lambda: all(now <= then for now, then in zip(counts(), before, strict=True)))
     assert await seconds_until_idle(backend, model) < 0.5
     assert backend.status().restarts == 0
     assert text(await collect(backend, model, counting(stop=SHORT))) == " n0 n1 n2"
