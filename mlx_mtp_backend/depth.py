@@ -84,7 +84,7 @@ class Acceptance:
         return [list(pair) for pair in zip(self._tried, self._kept, strict=True)]
 
     def restore(self, stored: Sequence[Sequence[float]]) -> None:
-        """Begins from what was remembered, with little weight: the files may be others."""
+        """Begins from what was remembered, with little weight: what is asked now may be other text."""
         shrunk = [(float(tried), float(kept), min(1.0, _REMEMBERED / max(float(tried), 1.0))) for tried, kept in stored]
         self._tried = [tried * share for tried, _, share in shrunk]
         self._kept = [kept * share for _, kept, share in shrunk]

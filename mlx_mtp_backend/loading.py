@@ -72,17 +72,12 @@ def load(
     replay, reason = yield from numerics.replay_class(model)
     wired = yield from _check_wiring(model, text, options)
     rule = unseeded_rule(options, wired, drawn=model.sampler is not None)
-    depths, drafter = (
-        DepthController(model.most_rows, first_guess(wired, rule)),
-        HeadDrafter(model) if model.has_head else None,
-    )
+    depths = DepthController(model.most_rows, first_guess(wired, rule))
+    drafter = HeadDrafter(model) if model.has_head else None
     print_of_bits = numerics.fingerprint(model, dtype, options.prefill_chunk)
-    if (
-        drafter is not None
-        and options.depth is None
-        and not memory.recall(path, report.identity, print_of_bits, depths)
-    ):
-        yield from calibrate(model, drafter, depths)
+    adaptive = drafter if options.depth is None else None
+    if adaptive is not None and not memory.recall(path, report.identity, print_of_bits, depths):
+        yield from calibrate(model, adaptive, depths)
     info = LoadedModel(
         name=name,
         path=path,

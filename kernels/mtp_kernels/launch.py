@@ -85,10 +85,10 @@ def cuda_launch(
 
     The device functions of `kernel.cu` beside `package_file`, and the `common` texts of this package before them, are
     included by path: MLX hashes the text that it is given at every launch, which for whole kernels takes longer than
-    anything else on the host. `shared_memory` is dynamic
-    shared memory in bytes. MLX asks for more than 48,000 bytes only once for each name, so the name carries that
-    figure too. `threads` bounds a block: without it the compiler may give a thread more registers than a large block
-    has, and MLX's signature says none, so the word that opens it is defined anew.
+    anything else on the host. `shared_memory` is dynamic shared memory in bytes. MLX asks for more than 48,000 bytes
+    only once for each name, so the name carries that figure too. `threads` bounds a block: without it the compiler may
+    give a thread more registers than a large block has, and MLX's signature says none, so the word that opens it is
+    defined anew.
     """
     files = [*(Path(__file__).with_name(name) for name in common), Path(package_file).with_name("kernel.cu")]
     header = "".join(f'#include "{file.resolve().as_posix()}"\n' for file in files)

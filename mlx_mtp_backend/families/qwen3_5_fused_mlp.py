@@ -54,11 +54,10 @@ class FusedExperts:
             raise Unsupported(reason)
         gates = [block.gate, block.shared_expert_gate]
         self.gates = [matrix_of(gate) for gate in gates]
+        alike = len({(matrix.bits, matrix.group_size) for matrix in self.gates}) == 1
         # Matrices of one format are one launch.
-        self.routers = [
-            product(selection, some, dtype, norm, out_dtype=mx.float32)
-            for some in ([gates] if _format(gates[0]) == _format(gates[1]) else [[gate] for gate in gates])
-        ]
+        launches = [gates] if alike else [[gate] for gate in gates]
+        self.routers = [product(selection, some, dtype, norm, out_dtype=mx.float32) for some in launches]
         self.run = selection.resolve(experts_case(self.experts, dtype))
         self.norm, self.eps, self.most_rows = norm.weight, norm.eps, experts_kernel.most_rows(self.experts)
 
@@ -95,8 +94,3 @@ def fused_mlp(layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> Fus
     """The layer's feed-forward part through the kernels, whichever it has. Raises Unsupported."""
     mixture = isinstance(layer.mlp, Qwen3NextSparseMoeBlock)
     return (FusedExperts if mixture else FusedMLP)(layer, dtype, selection)
-
-
-def _format(linear: Module) -> tuple[int, int]:
-    matrix = matrix_of(linear)
-    return matrix.bits, matrix.group_size

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..launch import METAL_TYPES, metal_launch, source_text
 from ..segments import Segments
-from .reference import HEAD_DIM, AttentionShape
+from .reference import HEAD_DIM, AttentionShape, one_by_one
 
 _BODY = """
   using namespace attention_inputs;
@@ -45,9 +45,7 @@ def launch(
     shape: AttentionShape,
 ) -> tuple[mx.array, list[mx.array]]:
     """One launch a sequence, as a kernel has at most 31 buffers; arguments are checked by the caller."""
-    own = zip(segments.slices, tails, positions, strict=True)
-    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
-    return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
+    return one_by_one(_alone, projected, tails, positions, segments, shape)
 
 
 def _alone(projected: mx.array, tail: mx.array, position: mx.array, shape: AttentionShape) -> tuple[mx.array, mx.array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -64,8 +64,20 @@ def reference(
     shape: AttentionShape,
 ) -> tuple[mx.array, list[mx.array]]:
     """The definition of right for `attention_inputs`; reads `positions` back to the host."""
+    return one_by_one(_alone, projected, tails, positions, segments, shape)
+
+
+def one_by_one(
+    alone: Callable[[mx.array, mx.array, mx.array, AttentionShape], tuple[mx.array, mx.array]],
+    projected: mx.array,
+    tails: Sequence[mx.array],
+    positions: Sequence[mx.array],
+    segments: Segments,
+    shape: AttentionShape,
+) -> tuple[mx.array, list[mx.array]]:
+    """What `attention_inputs` returns, from what `alone` does with the rows, tail and position of one sequence."""
     own = zip(segments.slices, tails, positions, strict=True)
-    results = [_alone(projected[part], tail, position, shape) for part, tail, position in own]
+    results = [alone(projected[part], tail, position, shape) for part, tail, position in own]
     return mx.concatenate([queries for queries, _ in results]), [after for _, after in results]
 
 

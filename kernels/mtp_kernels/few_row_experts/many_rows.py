@@ -36,7 +36,7 @@ def many_row_experts(
     expert = chosen[order]
 
     def product(rows: mx.array, matrix: Matrix) -> mx.array:
-        whole = _whole(matrix).reshape(experts.count, -1, matrix.inputs).swapaxes(-1, -2)
+        whole = matrix.unpacked().reshape(experts.count, -1, matrix.inputs).swapaxes(-1, -2)
         y = mx.gather_mm(mx.expand_dims(rows, 1), whole, rhs_indices=expert, sorted_indices=True).squeeze(1)
         mx.async_eval(y)  # type: ignore[no-untyped-call]
         return y
@@ -55,18 +55,10 @@ def many_row_experts(
 def router_logits(h: mx.array, gates: list[Matrix]) -> mx.array:
     """`[N, features of all gates]` float32 of rows `[N, hidden]`."""
     wide = h.astype(mx.float32)
-    return mx.concatenate([wide @ _whole(gate, mx.float32).swapaxes(-1, -2) for gate in gates], axis=-1)
+    return mx.concatenate([wide @ gate.unpacked(mx.float32).swapaxes(-1, -2) for gate in gates], axis=-1)
 
 
 def _shared(h: mx.array, experts: Experts) -> mx.array:
-    gate, up, down = (_whole(matrix).swapaxes(-1, -2) for matrix in experts.shared)
+    gate, up, down = (matrix.unpacked().swapaxes(-1, -2) for matrix in experts.shared)
     projected = h @ gate
     return (projected * mx.sigmoid(projected) * (h @ up)) @ down
-
-
-def _whole(matrix: Matrix, dtype: mx.Dtype | None = None) -> mx.array:
-    """`[features, inputs]`, in the dtype of its scales unless told."""
-    if matrix.scales is None or matrix.biases is None:
-        return matrix.weight if dtype is None else matrix.weight.astype(dtype)
-    scales, biases = (a if dtype is None else a.astype(dtype) for a in (matrix.scales, matrix.biases))
-    return mx.dequantize(matrix.weight, scales, biases, group_size=matrix.group_size, bits=matrix.bits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -96,7 +97,7 @@ def reference(x: mx.array, logits: mx.array, experts: Experts, norm_weight: mx.a
         out = wide[row : row + 1]
         own = _mlp(h, _expert_weights(experts, chosen[row]), x.dtype)  # [top, 1, hidden]
         out = out + mx.sum(weights[row, :-1, None, None] * own, axis=0)
-        shared = _mlp(h, [_dequantized(m, m.features)[0] for m in experts.shared], x.dtype)
+        shared = _mlp(h, [m.unpacked(mx.float32) for m in experts.shared], x.dtype)
         rows.append(out + weights[row, -1] * shared)
     return mx.concatenate(rows).astype(x.dtype)
 
@@ -110,16 +111,14 @@ def _mlp(h: mx.array, weights: list[mx.array], dtype: mx.Dtype) -> mx.array:
 
 def _expert_weights(experts: Experts, chosen: mx.array) -> list[mx.array]:
     sizes = (experts.width, experts.width, experts.hidden)
-    return [_dequantized(m, size, chosen) for m, size in zip(experts.routed, sizes, strict=True)]
+    return [_unpacked(m, size, chosen) for m, size in zip(experts.routed, sizes, strict=True)]
 
 
-def _dequantized(matrix: Matrix, rows: int, chosen: mx.array | None = None) -> mx.array:
-    """[experts, rows, inputs] in float32, all experts or those chosen."""
-    parts = [a if chosen is None else a[chosen] for a in _by_expert(matrix, rows)]
-    if matrix.scales is None:
-        return parts[0].astype(mx.float32)
-    weight, scales, biases = parts[0], *(a.astype(mx.float32) for a in parts[1:])
-    return mx.dequantize(weight, scales, biases, group_size=matrix.group_size, bits=matrix.bits)
+def _unpacked(matrix: Matrix, rows: int, chosen: mx.array) -> mx.array:
+    """[top, rows, inputs] in float32, of the experts chosen."""
+    own = (a[chosen].reshape(-1, a.shape[-1]) for a in _by_expert(matrix, rows))
+    arrays: dict[str, Any] = dict(zip(("weight", "scales", "biases"), own, strict=False))
+    return replace(matrix, **arrays).unpacked(mx.float32).reshape(-1, rows, matrix.inputs)
 
 
 def _by_expert(matrix: Matrix, rows: int) -> list[mx.array]:

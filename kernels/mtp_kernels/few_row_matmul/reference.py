@@ -41,6 +41,13 @@ class Matrix:
         """The arrays a launch reads."""
         return [a for a in (self.weight, self.scales, self.biases) if a is not None]
 
+    def unpacked(self, dtype: mx.Dtype | None = None, rows: slice = slice(None)) -> mx.array:
+        """These rows as `[rows, K]`, in the dtype of the scales or dense weights unless told."""
+        if self.scales is None or self.biases is None:
+            return self.weight[rows] if dtype is None else self.weight[rows].astype(dtype)
+        scales, biases = (a[rows] if dtype is None else a[rows].astype(dtype) for a in (self.scales, self.biases))
+        return mx.dequantize(self.weight[rows], scales, biases, group_size=self.group_size, bits=self.bits)
+
 
 _CHUNK = 16_384
 
@@ -64,12 +71,7 @@ def _dequantized(x: mx.array, matrix: Matrix) -> mx.array:
     """x @ W.T with W dequantised into x's dtype, some rows at a time to bound memory."""
     parts = []
     for first in range(0, matrix.features, _CHUNK):
-        rows = slice(first, first + _CHUNK)
-        weight = matrix.weight[rows]
-        if matrix.scales is not None and matrix.biases is not None:
-            scales, biases = (a[rows].astype(x.dtype) for a in (matrix.scales, matrix.biases))
-            weight = mx.dequantize(weight, scales, biases, group_size=matrix.group_size, bits=matrix.bits)
-        parts.append(x @ weight.astype(x.dtype).T)
+        parts.append(x @ matrix.unpacked(x.dtype, slice(first, first + _CHUNK)).T)
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
