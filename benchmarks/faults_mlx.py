@@ -166,8 +166,8 @@ class MlxScene:
         return give_back
 
     async def reached(self, stage: str, victim: Asked) -> bool:
-        """As the router tells."""
-        return victim.stage == {"queued": "queue", "loading": "load"}.get(stage, stage)
+        """As the router tells. Cut weights are there before the request, which may fail before anybody looks."""
+        return self._fault == REFUSES or victim.stage == {"queued": "queue", "loading": "load"}.get(stage, stage)
 
     async def happen(self, stage: str) -> None:
         """From the engine's next step on."""
