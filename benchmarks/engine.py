@@ -152,7 +152,9 @@ def child(options: argparse.Namespace) -> None:
                 for row in alone(path, acceptance, options):
                     print(json.dumps({"part": "alone"} | row), flush=True)
             if "streams" in options.parts:
-                for row in streams.measure(load(path), acceptance, options.stream_tokens, options.clock):
+                for row in streams.measure(
+                    load(path), acceptance, options.stream_tokens, options.clock, options.repetitions
+                ):
                     print(json.dumps({"part": "streams"} | row), flush=True)
 
 

@@ -61,14 +61,16 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
 
     def routers(x: mx.array) -> mx.array:
         """Tied by one column, as are the experts' first launches."""
+        first = x
         for mixture in mixtures:
             for router in mixture.routers:
-                x = start + router(x)[:, :1].astype(x.dtype) * 0
+                x = first + router(x)[:, :1].astype(x.dtype) * 0
         return x
 
     def entering(x: mx.array) -> mx.array:
+        first = x
         for own, mixture in zip(logits, mixtures, strict=True):
-            x = start + few_row_experts.enter(x, own, mixture.experts, mixture.norm, mixture.eps)[1][:, :1] * 0
+            x = first + few_row_experts.enter(x, own, mixture.experts, mixture.norm, mixture.eps)[1][:, :1] * 0
         return x
 
     def leaving(x: mx.array) -> mx.array:

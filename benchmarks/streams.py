@@ -3,7 +3,9 @@
 Both sides decode the same seeded replies, so the same tokens. They take turns, a token or two at a time and in random
 order, so that whatever else the machine does meets both. Rounds of one kind (rows, and slots that the head had missed)
 count as their median, since one disturbed round would outweigh what is looked for; a kind of which there is one round
-counts as it was. Three figures, from the most direct to the least disturbed:
+counts as it was. Where a side's arrays happen to lie in memory can cost it several percent for good, so it is all done
+again with other arrays, made in the other order, and the median over these repetitions counts. Three figures, from the
+most direct to the least disturbed:
 
 * wall: wall time;
 * cpu: CPU time of the process, which does not count what it waits for a core;
@@ -103,9 +105,9 @@ class Side:
         return done
 
 
-def measure(model: Any, acceptance: float, tokens: int, clock: str) -> Iterator[Row]:
-    """A row for each number of streams. The controller begins as after a load: it knows one stream's rounds, and what
-    it tries to learn of several is part of what is measured.
+def measure(model: Any, acceptance: float, tokens: int, clock: str, repetitions: int) -> Iterator[Row]:
+    """A row for each number of streams. The controllers, one a repetition, begin as after a load: they know one
+    stream's rounds, and what they try to learn of several is part of what is measured.
 
     Args:
         tokens: of each of the most streams; of fewer up to four times as many, as their rounds take less.
@@ -113,33 +115,55 @@ def measure(model: Any, acceptance: float, tokens: int, clock: str) -> Iterator[
     """
     own = SimpleNamespace(perf_counter=CONTROLLER_CLOCKS[clock])
     with patch.object(rounds, "time", own), patch.object(calibration, "time", own):
-        yield from _measure(model, acceptance, tokens)
+        controllers = [_calibrated(model) for _ in range(repetitions)]
+        order = random.Random(int(acceptance * 100))
+        for streams in STREAMS:
+            count = tokens * min(4, max(STREAMS) // streams)
+            done = [_repetition(model, streams, count, depths, order, n) for n, depths in enumerate(controllers)]
+            used = [depth for one in done for depth in one.depths]
+            yield {
+                "acceptance": acceptance,
+                "streams": streams,
+                "tokens": count,
+                "repetitions": repetitions,
+                "mean_depth": statistics.fmean(used),
+            } | {figure: interval([one.turns for one in done], *how) for figure, how in FIGURES.items()}
 
 
-def _measure(model: Any, acceptance: float, least: int) -> Iterator[Row]:
+def _calibrated(model: Any) -> DepthController:
     depths = DepthController(model.most_rows)
     for _ in calibration.calibrate(model, HeadDrafter(model), depths):
         pass
-    order = random.Random(int(acceptance * 100))
-    for streams in STREAMS:
-        tokens = least * min(4, max(STREAMS) // streams)
-        auto, plain = Side(model, streams, tokens, depths), Side(model, streams, tokens, None)
-        turns: list[Turn] = []
-        start = auto.tokens()
-        for end in range(start + streams * TURN, start + streams * tokens + 1, streams * TURN):
-            first_auto = order.random() < 0.5
-            early = (auto if first_auto else plain).turn(end)
-            late = (plain if first_auto else auto).turn(end)
-            turns.append((early, late) if first_auto else (late, early))
-        _same(auto, plain)
-        used = [depth for one in auto.streams for depth, count in enumerate(one.depths) for _ in range(count)]
-        yield {
-            "acceptance": acceptance,
-            "streams": streams,
-            "tokens": tokens,
-            "mean_depth": sum(used) / len(used),
-            "rounds": sum(auto.streams[0].depths),
-        } | {figure: interval(turns, *how) for figure, how in FIGURES.items()}
+    return depths
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Both sides from the first to the last token.
+
+    Attributes:
+        depths: of each of the controller's rounds, by stream.
+    """
+
+    turns: list[Turn]
+    depths: list[int]
+
+
+def _repetition(
+    model: Any, streams: int, tokens: int, depths: DepthController, order: random.Random, number: int
+) -> Repetition:
+    sides = [Side(model, streams, tokens, own) for own in ((None, depths) if number % 2 else (depths, None))]
+    plain, auto = sides if number % 2 else reversed(sides)
+    turns: list[Turn] = []
+    start = auto.tokens()
+    for end in range(start + streams * TURN, start + streams * tokens + 1, streams * TURN):
+        first_auto = order.random() < 0.5
+        early = (auto if first_auto else plain).turn(end)
+        late = (plain if first_auto else auto).turn(end)
+        turns.append((early, late) if first_auto else (late, early))
+    _same(auto, plain)
+    used = [depth for one in auto.streams for depth, count in enumerate(one.depths) for _ in range(count)]
+    return Repetition(turns, used)
 
 
 def _same(auto: Side, plain: Side) -> None:
@@ -150,15 +174,20 @@ def _same(auto: Side, plain: Side) -> None:
             raise AssertionError("drafting changed a reply")
 
 
-def interval(turns: Sequence[Turn], clock: int, shared: bool) -> dict[str, float]:
-    """The controller's tokens a second over plain ones: of all turns, and the middle 95 % of what drawing turns anew
-    gives."""
+def interval(repetitions: Sequence[Sequence[Turn]], clock: int, shared: bool) -> dict[str, float]:
+    """The controller's tokens a second over plain ones: the median over repetitions, and the middle 95 % of draws of
+    repetitions and of their turns."""
     rng = random.Random(0)
-    drawn = sorted(_ratio(rng.choices(turns, k=len(turns)), clock, shared) for _ in range(_DRAWS))
+
+    def drawn() -> float:
+        chosen = rng.choices(repetitions, k=len(repetitions))
+        return statistics.median(_ratio(rng.choices(turns, k=len(turns)), clock, shared) for turns in chosen)
+
+    draws = sorted(drawn() for _ in range(_DRAWS))
     return {
-        "auto_over_plain": _ratio(turns, clock, shared),
-        "low": drawn[int(0.025 * _DRAWS)],
-        "high": drawn[int(0.975 * _DRAWS)],
+        "auto_over_plain": statistics.median(_ratio(turns, clock, shared) for turns in repetitions),
+        "low": draws[int(0.025 * _DRAWS)],
+        "high": draws[int(0.975 * _DRAWS)],
     }
 
 
