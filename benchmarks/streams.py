@@ -8,9 +8,10 @@ again with other arrays, made in the other order, and the median over these repe
 most direct to the least disturbed:
 
 * wall: wall time;
-* cpu: CPU time of the process, which does not count what it waits for a core;
-* work: likewise, but a kind costs the same on both sides, where it is the same work. So what differs is only which
-  rounds were run.
+* cpu: CPU time of the process, which does not count what it waits for a core; not with OpenBLAS, whose threads spin
+  while they wait for one another;
+* work: a kind costs the same on both sides, as it is the same work; by CPU time or, with OpenBLAS, by wall time. So all
+  that differs is which rounds were run.
 
 The controller times its rounds by wall time, as in the service, or by CPU time, where a shared machine would show it
 something else each time.
@@ -58,7 +59,11 @@ class Timed:
 
 Turn = tuple[list[Timed], list[Timed]]  # the controller's rounds and the plain ones
 CONTROLLER_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-FIGURES = {"wall": (0, False), "cpu": (1, False), "work": (1, True)}  # the clock, and whether both sides share costs
+# By BLAS: each figure's clock, and whether both sides share costs.
+FIGURES = {
+    "stock": {"wall": (0, False), "cpu": (1, False), "work": (1, True)},
+    "openblas": {"wall": (0, False), "work": (0, True)},
+}
 
 
 class Side:
@@ -105,13 +110,14 @@ class Side:
         return done
 
 
-def measure(model: Any, acceptance: float, tokens: int, clock: str, repetitions: int) -> Iterator[Row]:
+def measure(model: Any, acceptance: float, tokens: int, clock: str, repetitions: int, blas: str) -> Iterator[Row]:
     """A row for each number of streams. The controllers, one a repetition, begin as after a load: they know one
     stream's rounds, and what they try to learn of several is part of what is measured.
 
     Args:
         tokens: of each of the most streams; of fewer up to four times as many, as their rounds take less.
         clock: of CONTROLLER_CLOCKS.
+        blas: of FIGURES.
     """
     own = SimpleNamespace(perf_counter=CONTROLLER_CLOCKS[clock])
     with patch.object(rounds, "time", own), patch.object(calibration, "time", own):
@@ -127,7 +133,7 @@ def measure(model: Any, acceptance: float, tokens: int, clock: str, repetitions:
                 "tokens": count,
                 "repetitions": repetitions,
                 "mean_depth": statistics.fmean(used),
-            } | {figure: interval([one.turns for one in done], *how) for figure, how in FIGURES.items()}
+            } | {figure: interval([one.turns for one in done], *how) for figure, how in FIGURES[blas].items()}
 
 
 def _calibrated(model: Any) -> DepthController:
