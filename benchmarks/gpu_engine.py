@@ -203,15 +203,17 @@ def rejection(bench: Bench, tokens: int, depth: int = 3) -> Row:
 
 
 def together(bench: Bench, count: int, tokens: int) -> dict[str, Any]:
-    """Streams that decode together, plain and at the controller's depth; the controller has seen such rounds before."""
-    warm, spare = 24, 16
-    plain = [bench.start(stream, NUCLEUS, tokens + warm + spare, 0) for stream in range(count)]
-    bench.run(plain, warm // 2)
-    row: dict[str, Any] = {"plain": bench.plain(plain, tokens + spare - 2)}
+    """Streams that decode together, plain, at depth 3 and at the controller's depth, which has seen such rounds before:
+    so many tokens each, after some to warm up."""
+    warm, spare = 48, 48
+    limit = warm + tokens + spare
+    plain = [bench.start(stream, NUCLEUS, limit, 0) for stream in range(count)]
+    bench.run(plain, warm // 4)
+    row: dict[str, Any] = {"plain": bench.plain(plain, limit - warm // 4 - 2)}
     for name, depth in (("depth 3", 3), ("auto", None)):
-        streams = [bench.start(stream, NUCLEUS, tokens + warm + spare, depth) for stream in range(count)]
-        bench.run(streams, warm if depth else tokens // 2)
-        row[name] = bench.run(streams, tokens // 2 - warm) | {"equal_plain": bench.replayed(streams)}
+        streams = [bench.start(stream, NUCLEUS, limit, depth) for stream in range(count)]
+        bench.run(streams, warm)
+        row[name] = bench.run(streams, tokens) | {"equal_plain": bench.replayed(streams)}
     row["costs_ms"] = [
         [sequences, rows, seconds * 1e3]
         for sequences, rows, seconds in bench.depths.costs.to_json()
