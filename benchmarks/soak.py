@@ -1,21 +1,17 @@
 """Thousands of short requests with cancels, slow readers and a backend that keeps dying: `make soak`.
 
-The router runs in this process over a double of an Ollama server, which is killed and started again on the same port.
-Nothing may be left over, and memory may not grow: the slope of the resident size over the requests after the warm-up.
-gRPC grows by itself where calls are cancelled, so the same requests first go to a gRPC server without a router, in a
-process of its own, which is measured alike; what the router adds is the difference, and the limit is for that.
+The router runs in a process of its own (see soak_server) over a double of an Ollama server, which is killed and started
+again on the same port. Nothing may be left over there, and its memory may not grow: the slope of the resident size over
+the requests after the warm-up. gRPC grows by itself where calls are cancelled, so the same requests first go to a gRPC
+server without a router, for comparison.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import ctypes
-import gc
 import json
 import logging
-import os
 import random
 import subprocess
 import sys
@@ -24,16 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.ollama_process import Double  # noqa: E402
 
-from benchmarks.faults_ollama import service  # noqa: E402
-from benchmarks.stand import BareServer  # noqa: E402
-from router.backends.ollama import OllamaBackend  # noqa: E402
+from benchmarks.soak_server import MODEL  # noqa: E402
 from router.client import AsyncClient, RouterCallError  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "one two three four five six seven eight"}]
@@ -44,6 +36,7 @@ CUT = "CUT SHORT WITHOUT AN ERROR"
 MAX_SLOPE = 50.0  # bytes a request
 SAMPLES = 40  # looks at memory
 WARM_UP = 0.25  # share of the requests before the slope is taken
+COUNTS = ("tasks", "files", "requests", "children")
 
 
 def slope(points: list[tuple[int, int]]) -> float:
@@ -53,12 +46,37 @@ def slope(points: list[tuple[int, int]]) -> float:
     return (n * sxy - sx * sy) / (n * sxx - sx * sx)
 
 
-def resident() -> int:
-    """Bytes in memory, without what the allocator keeps for later where it can be told to give that back (glibc)."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
+class Server:
+    """The process that is asked.
+
+    Args:
+        ollama: address of the double behind its router; None for gRPC alone.
+    """
+
+    def __init__(self, ollama: str | None) -> None:
+        command = [sys.executable, "-m", "benchmarks.soak_server", *([ollama] if ollama else [])]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.address = str(self._line()["address"])
+        self._asking = asyncio.Lock()
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def _ask(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    async def held(self) -> dict[str, Any]:
+        """What it holds, see soak_server."""
+        async with self._asking:
+            return await asyncio.to_thread(self._ask)
+
+    def end(self) -> None:
+        """Ends it in order; raises where it does not."""
+        self.process.communicate("", timeout=60)
 
 
 class Soak:
@@ -68,8 +86,11 @@ class Soak:
         double: is killed now and then; None: nothing is.
     """
 
-    def __init__(self, client: AsyncClient, double: Double | None, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, client: AsyncClient, server: Server, double: Double | None, arguments: argparse.Namespace
+    ) -> None:
         self.client = client
+        self.server = server
         self.double = double
         self.arguments = arguments
         self.chooser = random.Random(7)
@@ -89,11 +110,11 @@ class Soak:
             kind = "cancelled" if draw < self.arguments.cancelled else "slow" if draw < slow else "read"
             await self.one(kind)
             if number % max(1, self.arguments.requests // SAMPLES) == 0:
-                self.memory.append((number, resident()))
+                self.memory.append((number, int((await self.server.held())["memory"])))
 
     async def one(self, kind: str) -> None:
         fields: dict[str, Any] = {"messages": MESSAGES} if self.double is not None else {"prompt": BARE}
-        answer = self.client.stream("sick", temperature=0.0, deadline=30, **fields)
+        answer = self.client.stream(MODEL, temperature=0.0, deadline=30, **fields)
         text = ""
         try:
             if kind == "cancelled" and self.chooser.random() < 0.5:
@@ -134,74 +155,63 @@ class Soak:
             self.came["kills"] += 1
 
 
-def counts(backend: OllamaBackend) -> dict[str, int]:
-    gc.collect()
-    status = backend.status()
-    return {
-        "tasks": len(asyncio.all_tasks()),
-        "files": len(os.listdir("/dev/fd")),
-        "requests": status.active_requests + status.queued_requests,
-        "children": len(psutil.Process().children()),
-    }
-
-
-async def alone(arguments: argparse.Namespace) -> None:
-    """The same from gRPC without a router; prints the slope."""
-    server = BareServer()
-    await server.start()
-    async with AsyncClient(server.address) as client:
-        soak = Soak(client, None, arguments)
-        await soak.all()
-    await server.drain()
-    print(json.dumps({"slope": soak.slope(), "came": soak.came}), flush=True)
-
-
-def grpc_alone(arguments: argparse.Namespace) -> float:
+async def grpc_alone(arguments: argparse.Namespace) -> float:
     """Bytes that gRPC grows by a request."""
-    command = [sys.executable, "-m", "benchmarks.soak", "--alone", "--requests", str(arguments.requests)]
-    command += ["--cancelled", str(arguments.cancelled), "--slow", str(arguments.slow)]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"gRPC alone: {told['slope']:.1f} bytes a request; {told['came']}", flush=True)
-    return float(told["slope"])
+    server = Server(None)
+    async with AsyncClient(server.address) as client:
+        soak = Soak(client, server, None, arguments)
+        await soak.all()
+    server.end()
+    print(f"gRPC alone: {soak.slope():.1f} bytes a request; {dict(soak.came)}", flush=True)
+    return soak.slope()
 
 
-async def run(arguments: argparse.Namespace) -> int:
-    grpc_grows = await asyncio.to_thread(grpc_alone, arguments)
-    double, began = Double(), time.monotonic()
-    async with service({"sick": double}, parallel=8, max_queued=1000) as (client, backends):
-        backend = backends["sick"]
-        soak = Soak(client, double, arguments)
+async def through_router(arguments: argparse.Namespace) -> tuple[Soak, dict[str, Any], dict[str, Any]]:
+    """The requests, and what the router held before and after them."""
+    server = Server((double := Double()).address)
+    async with AsyncClient(server.address, retry=None) as client:
+        soak = Soak(client, server, double, arguments)
         for _ in range(20):
             await soak.one("read")
         looks = []
         for _ in range(20):  # the watch over the double asks it now and then
             await asyncio.sleep(0.1)
-            looks.append(counts(backend))
-        before = {name: max(look[name] for look in looks) for name in looks[0]}
+            looks.append(await server.held())
+        before = {name: max(look[name] for look in looks) for name in COUNTS}
         await soak.all()
-        after = counts(backend)
+        after = await server.held()
         for _ in range(100):
-            if all(after[name] <= before[name] for name in before):
+            if not grown(before, after):
                 break
             await asyncio.sleep(0.1)
-            after = counts(backend)
-        connections = [f"{item.status} to {item.raddr}" for item in psutil.Process().net_connections()]
-        soak.double.kill()
+            after = await server.held()
+    server.end()
+    assert soak.double is not None
+    soak.double.kill()
+    return soak, before, after
+
+
+def grown(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return any(after[name] > before[name] for name in COUNTS)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    grpc_grows, began = await grpc_alone(arguments), time.monotonic()
+    soak, before, after = await through_router(arguments)
     grows = soak.slope()
     halves = [slope(part) for part in (soak.memory[: len(soak.memory) // 2], soak.memory[len(soak.memory) // 2 :])]
     print(f"{arguments.requests} requests, {arguments.at_once} at once, in {time.monotonic() - began:.0f} s")
     for name, count in sorted(soak.came.items()):
         print(f"  {name:<30}{count:>8}")
-    for name in before:
+    for name in COUNTS:
         print(f"  {name:<30}{before[name]:>8} -> {after[name]}")
-    print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request")
+    print(f"  {'memory after warm-up':<30}{grows:>8.1f} bytes a request (limit {MAX_SLOPE:g})")
     print(f"  {'first half, second half':<30}{halves[0]:>8.1f}, {halves[1]:.1f}")
-    added = grows - grpc_grows
-    print(f"  {'of it the router':<30}{added:>8.1f} bytes a request (limit {MAX_SLOPE:g})")
-    leaked = any(after[name] > before[name] for name in before)
+    print(f"  {'of it the router':<30}{grows - grpc_grows:>8.1f} bytes a request")
+    leaked = grown(before, after)
     if leaked:
-        print(f"  connections: {sorted(connections)}")
-    return 1 if leaked or added >= MAX_SLOPE or soak.came[CUT] else 0
+        print(f"  connections: {after['connections']}")
+    return 1 if leaked or grows >= MAX_SLOPE or soak.came[CUT] else 0
 
 
 def main() -> int:
@@ -211,12 +221,8 @@ def main() -> int:
     parser.add_argument("--cancelled", type=float, default=0.30, help="share of requests")
     parser.add_argument("--slow", type=float, default=0.05, help="share of requests")
     parser.add_argument("--kill-every", type=int, default=500)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    if arguments.alone:
-        asyncio.run(alone(arguments))
-        return 0
     return asyncio.run(run(arguments))
 
 
