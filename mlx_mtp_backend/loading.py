@@ -70,7 +70,7 @@ def load(
     if stock_because is not None:
         log.info("%s runs on stock operations: %s", name, stock_because)
     replay, reason = yield from numerics.replay_class(model)
-    wired = yield from _check_wiring(model, text, options)
+    wired = yield from _check_wiring(name, model, text, options)
     rule = unseeded_rule(options, wired, drawn=model.sampler is not None)
     depths = DepthController(model.most_rows, first_guess(wired, rule))
     drafter = HeadDrafter(model) if model.has_head else None
@@ -120,7 +120,7 @@ def _dtype(report: CheckpointReport) -> mx.Dtype | None:
 
 
 def _check_wiring(
-    model: Model, text: ModelText | None, options: LoadOptions
+    name: str, model: Model, text: ModelText | None, options: LoadOptions
 ) -> Generator[LoadProgress, None, WiringReport | None]:
     if options.wiring is WiringPolicy.OFF or not model.has_head or text is None:
         return None
@@ -130,8 +130,8 @@ def _check_wiring(
     report = yield from wiring.check(model, tokens)
     if not report.healthy and options.wiring is WiringPolicy.REFUSE:
         raise EngineError(ErrorReason.HEAD_MISWIRED, report.summary())
-    if not report.healthy or report.better:
-        log.warning("%s", report.summary())
+    if report.warning:
+        log.warning("%s: %s", name, report.warning)
     return report
 
 

@@ -65,6 +65,11 @@ class WiringReport:
     rules: dict[Rule, float]
     healthy: bool
 
+    @property
+    def warning(self) -> str | None:
+        """What somebody should look into; None where nothing is amiss."""
+        return self.summary() if not self.healthy or self.better else None
+
     def summary(self) -> str:
         if self.positions < ENOUGH:
             return f"head untested: only {self.positions} positions of the text tell anything"

@@ -170,7 +170,7 @@ class Dispatcher:
             served, chosen, backend = await self.find(entry.name)
         except RouterError as error:
             return Look(entry, None, ModelState.FAILED, error.message)
-        known = served if served.path is None else entry
+        known = served if served.path == entry.path else entry
         return Look(known, chosen, backend.model_state(served), memory_bytes=served.memory_bytes(backend.parallel))
 
     async def generate(self, request: GenerationRequest) -> Answer:

@@ -152,6 +152,8 @@ def gauges(backends: Iterable[BackendStatus], lifecycle: Lifecycle | None, resil
         of_each("backend_restarts", "Restarts after a fault.", lambda status: status.restarts),
         of_each("models_loaded", "Models in memory.", lambda status: len(status.loaded_models)),
     ]
+    suspect: Labelled = {(name, status.name): 1.0 for status in statuses for name in status.suspect_heads}
+    read.append(Gauge("model_suspect_head", "1 for a model whose prediction head looks wrong.", WHO, suspect))
     states: Labelled = {(name,): float(BREAKER[state]) for name, state in resilience.states().items()}
     read.append(Gauge("cb_state", "Circuit breaker: 0 closed, 1 half open, 2 open.", ("backend",), states))
     if lifecycle is not None:

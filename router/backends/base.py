@@ -55,7 +55,7 @@ class Backend(Protocol):
         """How the backend drafts for this model; None where it does not draft. No I/O."""
 
     async def describe(self, model: ModelEntry) -> ModelEntry:
-        """The model with what the engine knows of it beyond its files; as it is where files tell everything.
+        """The model with what the engine knows of it beyond its files' headers; as it is where they tell everything.
 
         Raises:
             RouterError: BACKEND_UNAVAILABLE where the engine would have to be asked and does not answer;

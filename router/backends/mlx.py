@@ -196,6 +196,7 @@ class MlxBackend:
             active_requests=sum(running for running, _ in counts),
             queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=self._models.loaded,
+            suspect_heads=self._models.suspect_heads,
             restarts=self._restarts,
             retry_after=FIRST_RESTART if self._restarting is not None else None,
         )
@@ -217,8 +218,8 @@ class MlxBackend:
         return Drafting() if wanted else None
 
     async def describe(self, model: ModelEntry) -> ModelEntry:
-        """Its files tell everything."""
-        return model
+        """The model with what the check of its head found amiss, once it was loaded."""
+        return self._models.described(model)
 
     async def generate(self, model: ModelEntry, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Answers one request (see `Backend.generate`)."""

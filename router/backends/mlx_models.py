@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_mtp_backend import EngineError, LoadOptions, LoadProgress, Rule, WiringPolicy
 from mlx_mtp_backend import ErrorReason as EngineReason
@@ -13,7 +13,7 @@ from mlx_mtp_backend.stream import Stream
 from mlx_mtp_backend.text import ModelText, load_text
 from router.backends.mlx_answer import router_error
 from router.catalog import ModelEntry
-from router.domain import ErrorReason, RouterError
+from router.domain import Capability, ErrorReason, RouterError
 from router.settings import MlxSettings
 
 UNLOAD_INTERVAL = 0.02  # seconds between looks at streams that were cancelled
@@ -22,11 +22,16 @@ UNLOAD_INTERVAL = 0.02  # seconds between looks at streams that were cancelled
 @dataclass(slots=True, eq=False)
 class Resident:
     """A model that was asked for: what it is while it is loaded, how far a load is, why the last one failed, and the
-    streams that use it."""
+    streams that use it.
+
+    `head_warning` is what the last load found amiss with its head, and `checked` the stamp of the files that it read.
+    """
 
     loaded: LoadedModel | None = None
     fraction: float | None = None
     error: RouterError | None = None
+    head_warning: str = ""
+    checked: tuple[tuple[str, int, int], ...] = ()
     streams: set[Stream] = field(default_factory=set)
 
 
@@ -51,6 +56,22 @@ class Residents:
     def loaded(self) -> tuple[str, ...]:
         """Names of the models in memory."""
         return tuple(name for name, resident in self._residents.items() if resident.loaded is not None)
+
+    @property
+    def suspect_heads(self) -> tuple[str, ...]:
+        """Names of the models in memory whose head looks wrong."""
+        return tuple(name for name in self.loaded if self._residents[name].head_warning)
+
+    def described(self, model: ModelEntry) -> ModelEntry:
+        """The model with what loading its files, as they are now, found amiss with its head."""
+        known, facts = self._residents.get(model.name), model.facts
+        if known is None or not known.head_warning or known.checked != facts.stamp or facts.head is None:
+            return model
+        fact = facts.capabilities[Capability.MTP]
+        told = replace(fact, evidence=f"{fact.evidence}; but when it was loaded: {known.head_warning}")
+        head = replace(facts.head, warning=known.head_warning)
+        capabilities = {**facts.capabilities, Capability.MTP: told}
+        return replace(model, facts=replace(facts, head=head, capabilities=capabilities))
 
     def resident(self, model: ModelEntry) -> Resident:
         """What is known of the model; empty for one that nobody asked for yet."""
@@ -78,6 +99,8 @@ class Residents:
         known.error, known.fraction = None, 0.0
         try:
             known.loaded = await asyncio.wrap_future(engine.load(model.name, model.files, options, progressed))
+            wiring = known.loaded.wiring
+            known.head_warning, known.checked = (wiring and wiring.warning) or "", model.facts.stamp
         except EngineError as error:
             known.error = router_error(error, model.name)
             raise known.error from None

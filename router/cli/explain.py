@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"memory:  about {model.memory_bytes / 1e6:.0f} MB once loaded, every context full")
         if model.HasField("mtp_head"):
             print(f"head:    {_head(model.mtp_head)}")
+        if model.mtp_head.warning:
+            print(f"warning: {one_line(model.mtp_head.warning)}; `mtp-router verify` tells more")
     if model.fallbacks and not arguments.json:
         print(f"else:    {one_line(', then '.join(model.fallbacks))}")
     return FAILED if model.problem else OK

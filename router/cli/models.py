@@ -12,7 +12,7 @@ from rich.text import Text
 
 from router.cli.connection import connect
 from router.cli.failures import OK, one_line
-from router.cli.output import json_line
+from router.cli.output import head_warning, json_line
 from router.client import enum_name
 
 HEADINGS = ("model", "backend", "state", "context", "size", "capabilities")
@@ -66,6 +66,8 @@ def _remarks(model: v1.Model, *, evidence: bool) -> Iterable[str]:
     """What is wrong with a model, and on request the evidence for each capability."""
     if model.problem:
         yield one_line(f"{model.name}: {model.problem}")
+    if (warning := head_warning(model)) is not None:
+        yield warning
     if not evidence:
         return
     yield one_line(f"{model.name}: {model.route.reason}")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from router.cli.failures import SHOWN
+from router.cli.failures import SHOWN, one_line
 from router.client import Answer, AnswerStatistics, enum_name
 
 CUT_OFF = (v1.FINISH_REASON_MAX_TOKENS, v1.FINISH_REASON_CONTEXT_LIMIT, v1.FINISH_REASON_TIME_LIMIT)
@@ -23,6 +23,13 @@ CUT_OFF = (v1.FINISH_REASON_MAX_TOKENS, v1.FINISH_REASON_CONTEXT_LIMIT, v1.FINIS
 def json_line(message: Message) -> str:
     """A message in protobuf's JSON mapping with the contract's own field names, on one line."""
     return json.dumps(MessageToDict(message, preserving_proto_field_name=True), ensure_ascii=False)
+
+
+def head_warning(model: v1.Model) -> str | None:
+    """What is amiss with a model's prediction head, in one line; None where nothing is."""
+    if not model.mtp_head.warning:
+        return None
+    return one_line(f"{model.name}: {model.mtp_head.warning}; that costs speed, never exactness")
 
 
 def print_events(answer: Answer) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from router.cli.connection import connect, read_settings
 from router.cli.failures import OK, UsageError, one_line
+from router.cli.output import head_warning
 from router.client import Client, enum_name
 
 PREFIX = "mtp_router_"
@@ -79,6 +80,7 @@ def _read(page: str) -> Figures:
 
 def _screen(look: Look, before: Look | None, page: str) -> Group:
     parts: list[Table | Text] = [_backends(look.backends), Text(), _models(look, before)]
+    parts += [Text(warning) for model in look.models if (warning := head_warning(model)) is not None]
     if not page:
         parts.append(Text("for rates set server.metrics_listen, or name the page with --metrics", style="dim"))
     return Group(*parts)

@@ -50,7 +50,8 @@ class ModelFormat(Enum):
 @dataclass(frozen=True, slots=True)
 class HeadFacts:
     """A multi-token-prediction head: layers that are declared, whether their tensors are there (None: not told), what
-    runs them ("": nothing here), where they lie ("": nowhere), and whether they are another checkpoint's.
+    runs them ("": nothing here), where they lie ("": nowhere), whether they are another checkpoint's, and what its
+    check found amiss when it was loaded ("": nothing, or it was not loaded).
     """
 
     declared_layers: int
@@ -58,6 +59,7 @@ class HeadFacts:
     driver: str = ""
     place: str = ""
     grafted: bool = False
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,10 @@ class BackendState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """Health of one backend. `retry_after` is set where it is down and will be tried again."""
+    """Health of one backend. `retry_after` is set where it is down and will be tried again.
+
+    `suspect_heads` names the models in memory whose prediction head looks wrong (see `HeadFacts.warning`).
+    """
 
     name: str
     kind: BackendKind
@@ -171,5 +176,6 @@ class BackendStatus:
     active_requests: int = 0
     queued_requests: int = 0
     loaded_models: tuple[str, ...] = ()
+    suspect_heads: tuple[str, ...] = ()
     restarts: int = 0
     retry_after: float | None = None

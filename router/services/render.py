@@ -214,6 +214,7 @@ def _head(head: HeadFacts) -> v1.MtpHead:
         driver=head.driver,
         place=head.place,
         grafted=head.grafted,
+        warning=head.warning,
     )
 
 

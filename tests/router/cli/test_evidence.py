@@ -33,6 +33,7 @@ def test_inspect_shows_the_tensors_that_prove_a_head(tmp_path: Path, capsys: Cap
         "driver": DRIVER,
         "place": "shards",
         "grafted": False,
+        "warning": "",
     }
     head = shown["checkpoint"]["mtp"]  # type: ignore[index]
     assert head["status"] == "present"
@@ -83,6 +84,20 @@ def test_explain_says_what_would_answer_and_why(router: FakeRouter, capsys: Capt
     assert "head:    1 layers declared, tensors present (grafted, head_path), run by qwen3_5" in told
     assert main(["explain", "tiny", "--target", router.address, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["route"]["reason"] == "no MTP head"
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["explain", "tiny"], ["top", "--once"]])
+def test_a_head_that_looks_wrong_is_told_without_being_asked_for(
+    router: FakeRouter, capsys: Capture, arguments: list[str]
+) -> None:
+    head = v1.MtpHead(declared_layers=1, present=True, driver="qwen3_5", place="shards")
+    router.models = [v1.Model(name="tiny", route=ROUTE, mtp_head=head)]
+    assert main([*arguments, "--target", router.address]) == 0
+    assert "looks wrong" not in capsys.readouterr().out
+    head.warning = "head looks wrong:\nacceptance 0.01, control 0.01"
+    router.models = [v1.Model(name="tiny", route=ROUTE, mtp_head=head)]
+    assert main([*arguments, "--target", router.address]) == 0
+    assert ": head looks wrong: acceptance 0.01, control 0.01; " in " ".join(capsys.readouterr().out.split())
 
 
 def test_explain_of_a_broken_model_fails(router: FakeRouter, capsys: Capture) -> None:
