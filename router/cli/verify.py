@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_mtp_backend import EngineError
 from mlx_mtp_backend.verification import Verification, verify
+from router.cli import INTERRUPTED
 from router.cli.failures import FAILED, OK, UsageError, one_line
 from router.settings import data_home
 
@@ -26,14 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
 
     try:
-        report = verify(
-            path,
-            head_path=arguments.head,
-            tokens=arguments.tokens,
-            kernel_checks=data_home() / "kernel-checks.json",
-            interpose_blas=arguments.openblas,
-            on_progress=tell,
-        )
+        with _interruptible():
+            report = verify(
+                path,
+                head_path=arguments.head,
+                tokens=arguments.tokens,
+                kernel_checks=data_home() / "kernel-checks.json",
+                interpose_blas=arguments.openblas,
+                on_progress=tell,
+            )
     except EngineError as error:
         if arguments.json:
             print(json.dumps({"passed": False, "error": {"reason": error.reason.value, "message": error.detail}}))
@@ -44,6 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
         tell("")
     print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(lines(report)))
     return OK if report.passed else FAILED
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once. Else it would wait for the engine's thread, which does not stop in the middle of
+    a slice of a load, and which cannot be left behind either: MLX aborts where it outlives the interpreter."""
+
+    def leave(*_: object) -> None:
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), b"\r\033[K")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lines(report: Verification) -> list[str]:
