@@ -23,6 +23,7 @@ from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.layouts import MAX_EXPERTS, HeadLayout, layout_of
 from mlx_mtp_backend.footprint import CacheFootprint, cache_footprint, positive
 from mlx_mtp_backend.safetensors_header import TensorInfo, read_json
+from mlx_mtp_backend.storage import Quantization, quantization, refusal, unread
 from mlx_mtp_backend.untrusted import allowed_roots
 
 DECLARING_KEYS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
@@ -46,7 +47,7 @@ class MTPReport:
         declared: layers the config promises; 0 for none. `declared_by` is the key that says so.
         driver: module that would run the head, or None.
         tensors: the head's tensors that were found, with file, shape and dtype: the evidence.
-        missing: tensors the driver needs that are absent or misshapen.
+        missing: tensors the driver needs that are absent, misshapen or stored in a way that it does not read.
         place: where they were found: "shards", "side file", "head_path", or "" for nowhere.
     """
 
@@ -64,16 +65,6 @@ class MTPReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
-    """How weights are stored; `source` is the config key that says so."""
-
-    mode: str
-    bits: int | None
-    group_size: int | None
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class Experts:
     """Routed experts of each layer, and how many of them a token is given to."""
 
@@ -86,7 +77,8 @@ class CheckpointReport:
     """A checkpoint. Sizes are in bytes, lengths in tokens; None where the config does not say.
 
     `weight_bytes` counts every expert: all are held, however few a token is given to. `identity` changes when
-    configuration or weights do, see checkpoint_files.identity.
+    configuration or weights do, see checkpoint_files.identity. `refusal` tells why the engine cannot read
+    the trunk's weights as they are stored, and what to do; None where it can.
     """
 
     path: str
@@ -105,6 +97,7 @@ class CheckpointReport:
     has_chat_template: bool
     cache: CacheFootprint | None = None
     experts: Experts | None = None
+    refusal: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for json.dumps."""
@@ -131,12 +124,13 @@ def inspect_checkpoint(path: Path, head_path: Path | None = None) -> CheckpointR
     tensors = (*files.trunk.values(), *files.head.values())
     experts = _experts(text) if layout is not None and layout.experts else None
     mtp = _head_report(layout, text, files)
+    stored = quantization(config, text)
     return CheckpointReport(
         path=str(path),
         family=family,
         mtp=mtp,
         trunk_driver=layout.driver if layout else None,
-        quantization=_quantization(config),
+        quantization=stored,
         context_length=positive(text, "max_position_embeddings"),
         vocab_size=positive(text, "vocab_size"),
         hidden_size=positive(text, "hidden_size"),
@@ -148,6 +142,7 @@ def inspect_checkpoint(path: Path, head_path: Path | None = None) -> CheckpointR
         has_chat_template=_has_template(path),
         cache=cache_footprint(text, 1 if mtp.status is MTPStatus.PRESENT else 0),
         experts=experts,
+        refusal=refusal(unread(files.trunk, stored), stored),
     )
 
 
@@ -167,7 +162,8 @@ def _head_report(layout: HeadLayout | None, text: dict[str, Any], files: Checkpo
     missing: tuple[str, ...] = ()
     if layout is not None and files.head:
         _sizes(text, layout.sizes if text.get("head_dim") is None else (*layout.sizes, "head_dim"))
-        missing = _missing(layout.tensors(text, files.head), files.head)
+        foreign = (f"{tensor.name} (stored as {tensor.dtype}, which is not read)" for tensor in unread(files.head))
+        missing = (*foreign, *_missing(layout.tensors(text, files.head), files.head))
     if not found:
         status = MTPStatus.DECLARED_BUT_ABSENT if declared else MTPStatus.NONE
     elif layout is None:
@@ -219,15 +215,6 @@ def _is_packed(name: str, shape: tuple[int, ...], head: dict[str, TensorInfo]) -
     """An MLX-quantised matrix, or stack of them, keeps its rows, packs its columns and has scales beside it."""
     scales = head.get(name.removesuffix("weight") + "scales")
     return scales is not None and len(shape) > 1 and head[name].shape[:-1] == shape[:-1] == scales.shape[:-1]
-
-
-def _quantization(config: dict[str, Any]) -> Quantization | None:
-    for source in ("quantization", "quantization_config"):
-        entry = config.get(source) or text_config(config).get(source)
-        if isinstance(entry, dict):
-            mode = str(entry.get("mode") or entry.get("quant_method") or "affine")
-            return Quantization(mode, positive(entry, "bits"), positive(entry, "group_size"), source)
-    return None
 
 
 def _has_template(path: Path) -> bool:

@@ -11,6 +11,7 @@ class ErrorReason(enum.StrEnum):
     CHECKPOINT_UNREADABLE = "checkpoint_unreadable"  # missing, truncated, over a limit, not safetensors
     CHECKPOINT_RUNS_CODE = "checkpoint_runs_code"  # asks for a Python file of its own to be imported
     FAMILY_UNSUPPORTED = "family_unsupported"  # no driver for this architecture
+    STORAGE_UNSUPPORTED = "storage_unsupported"  # weights in FP8 or packed as another tool packs
     WEIGHTS_MISMATCH = "weights_mismatch"  # names or shapes are not what the family needs
     HEAD_MISSING = "head_missing"  # a head was asked for and there is none
     HEAD_MISWIRED = "head_miswired"  # the wiring check refused the head

@@ -56,8 +56,8 @@ def load(
         memory: what rounds cost before.
 
     Raises:
-        EngineError: what inspection raises, FAMILY_UNSUPPORTED, WEIGHTS_MISMATCH, or HEAD_MISWIRED under
-            WiringPolicy.REFUSE.
+        EngineError: what inspection raises, FAMILY_UNSUPPORTED, STORAGE_UNSUPPORTED, WEIGHTS_MISMATCH, or HEAD_MISWIRED
+            under WiringPolicy.REFUSE.
     """
     started = time.monotonic()
     report = inspect_checkpoint(path, options.head_path)
@@ -104,10 +104,12 @@ def load(
 def _check_supported(report: CheckpointReport, options: LoadOptions) -> None:
     if report.trunk_driver is None:
         raise EngineError(ErrorReason.FAMILY_UNSUPPORTED, f"no driver for model type {report.family!r}")
+    if report.refusal is not None:
+        raise EngineError(ErrorReason.STORAGE_UNSUPPORTED, report.refusal)
     if report.context_length is None:
         raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, "config.json gives no max_position_embeddings")
     if report.mtp.status is MTPStatus.INCOMPLETE:
-        raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"the head lacks {', '.join(report.mtp.missing[:4])}")
+        raise EngineError(ErrorReason.WEIGHTS_MISMATCH, f"the head has no usable {', '.join(report.mtp.missing[:4])}")
     if options.head_path is not None and report.mtp.status is not MTPStatus.PRESENT:
         raise EngineError(ErrorReason.HEAD_MISSING, f"{options.head_path.name} holds no head", field="head_path")
 

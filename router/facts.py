@@ -154,10 +154,16 @@ def _checkpoint_facts(path: Path, head_path: Path | None) -> ModelFacts:
     problem = ""
     if report.trunk_driver is None:
         problem = f"{path.name}: the engine has no driver for model_type {report.family!r}"
+    elif report.refusal is not None:
+        problem = f"{path.name}: {report.refusal}"
+    elif report.context_length is None:
+        problem = f"{path.name}: config.json gives no max_position_embeddings"
     elif not report.has_tokenizer:
         problem = f"{path.name} has no tokenizer.json"
     elif head_path is not None and report.mtp.status is not MTPStatus.PRESENT:
         problem = f"{path.name}: {head_path.name}, its head_path, holds no head for it: {head_evidence(report)}"
+    elif report.mtp.status is MTPStatus.INCOMPLETE:
+        problem = f"{path.name}: its head cannot be used: {head_evidence(report)}; head_path can name a whole one"
     return ModelFacts(
         format=ModelFormat.CHECKPOINT,
         architecture=report.family,
@@ -200,7 +206,8 @@ def head_evidence(report: CheckpointReport) -> str:
         case MTPStatus.PRESENT:
             return f"{declared}; {len(mtp.tensors)} tensors, such as {mtp.evidence[0]}"
         case MTPStatus.INCOMPLETE:
-            return f"{declared}, but {len(mtp.missing)} tensors are absent or misshapen, such as {mtp.missing[0]}"
+            lacking = f"{len(mtp.missing)} tensors are absent, misshapen or not readable"
+            return f"{declared}, but {lacking}, such as {mtp.missing[0]}"
         case MTPStatus.NO_DRIVER:
             return f"{declared}; {len(mtp.tensors)} tensors are there, but no driver for {report.family}"
         case MTPStatus.DECLARED_BUT_ABSENT:

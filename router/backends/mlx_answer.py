@@ -34,6 +34,7 @@ LOAD_FAILURES = {
     engine.ErrorReason.CHECKPOINT_UNREADABLE: "its files cannot be read",
     engine.ErrorReason.CHECKPOINT_RUNS_CODE: "its files ask for code of their own to be run",
     engine.ErrorReason.FAMILY_UNSUPPORTED: "the engine has no driver for its architecture",
+    engine.ErrorReason.STORAGE_UNSUPPORTED: "its weights are stored in a way that the engine does not read",
     engine.ErrorReason.WEIGHTS_MISMATCH: "its tensors are not those that its architecture needs",
     engine.ErrorReason.HEAD_MISSING: "its head is missing",
     engine.ErrorReason.HEAD_MISWIRED: "its head predicts no better than chance, and the settings refuse that",

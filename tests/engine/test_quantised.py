@@ -1,4 +1,5 @@
-"""Heads beside a trunk that mlx-lm quantised: the original's, from its shards or a side file, and a quantised one."""
+"""Heads beside a trunk that mlx-lm quantised, in any mode: the original's, from its shards or a side file, and a
+quantised one."""
 
 import json
 import shutil
@@ -8,6 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.qwen3_5 import Model, ModelArgs
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+from support.storages import AWQ_CONFIG, awq, stored
 
 from mlx_mtp_backend import Engine, EngineOptions, GenerateParams, LoadOptions, Sampling, WiringPolicy
 from mlx_mtp_backend.api import Delta, Finished
@@ -26,10 +28,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunk(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(original, tmp_path_factory.mktemp("trunk"), GROUP_SIZE, BITS)
+
+
+def converted(original: Path, folder: Path, group_size: int, bits: int, mode: str = "affine") -> Path:
     """What mlx-lm's converter makes of the original: quantised, its head dropped."""
-    folder = tmp_path_factory.mktemp("trunk")
     model, config = load_model(original, get_model_classes=lambda config: (Model, ModelArgs), strict=False)
-    model, config = quantize_model(model, config, GROUP_SIZE, BITS)
+    model, config = quantize_model(model, config, group_size, bits, mode)
     save_model(folder, model)
     save_config(config, folder / "config.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -85,6 +90,22 @@ def test_the_head_comes_from_the_originals_shards(trunk, original):
     assert report.mtp.status is MTPStatus.PRESENT
     assert len(report.mtp.tensors) == 15
     assert accepted_share(trunk, original) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"), [("affine", 3, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+def test_every_mode_of_mlx_is_read_and_drafted_for(original, tmp_path, mode, bits, group_size):
+    path = converted(original, tmp_path, group_size, bits, mode)
+    report = inspect_checkpoint(path, original)
+    assert (report.mtp.status, report.refusal) == (MTPStatus.PRESENT, None)
+    assert report.quantization is not None
+    assert (report.quantization.mode, report.quantization.bits) == (mode, bits)
+    assert accepted_share(path, original) > 0.9
+
+
+def test_a_trunk_that_autoawq_packed_is_read_and_drafted_for(original, tmp_path):
+    assert accepted_share(stored(original, tmp_path, awq, AWQ_CONFIG)) > 0.9
 
 
 def test_only_the_shards_that_hold_the_head_need_be_there(trunk, original, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.gguf_files import Script, write_mtp_model, write_script_model
+from support.storages import FP8_CONFIG, fp8, stored
 
 from mlx_mtp_backend.families.layouts import Spelling
 from mlx_mtp_backend.synthetic import Recipe, write
@@ -158,6 +159,34 @@ def test_a_head_path_without_a_head_is_told_before_anything_is_loaded(files: Pat
     with pytest.raises(RouterError, match="head_path") as caught:
         choose_route("m", entry, OFFERS)
     assert caught.value.reason is ErrorReason.MODEL_LOAD_FAILED
+
+
+def test_weights_that_the_engine_does_not_read_are_told_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
+    path = stored(files / "head", tmp_path / "fp8", fp8, FP8_CONFIG)
+    models = {
+        "alone": ModelSettings(path=path),
+        "beside": ModelSettings(path=path, gguf=files / "small.gguf"),
+        "head": ModelSettings(path=files / "bare", head_path=stored(files / "head", tmp_path / "o", fp8, head=True)),
+    }
+    catalog = build_catalog(Settings(models=models), files / "empty")
+    assert catalog.resolve("alone").facts.quantization == "fp8"
+    with pytest.raises(RouterError, match=r"\.weight \(F8_E4M3\)\); convert the unquantised original with") as caught:
+        choose_route("alone", catalog.resolve("alone"), OFFERS)
+    assert caught.value.reason is ErrorReason.MODEL_LOAD_FAILED
+    assert caught.value.message.endswith("by head_path")  # nothing of the advice is cut off
+    route, _ = choose_route("beside", catalog.resolve("beside"), OFFERS)
+    assert route.kind is BackendKind.LLAMA_CPP
+    assert "stored in a way that the engine does not read" in route.reason
+    assert "(stored as F8_E4M3, which is not read)" in catalog.resolve("head").facts.problem
+
+
+def test_a_head_that_lacks_a_part_is_told_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(files / "head", tmp_path / "m"))
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 1
+    (path / "config.json").write_text(json.dumps(config))
+    problem = read_facts(path).problem
+    assert "its head cannot be used: mtp_num_hidden_layers = 1, but 3 tensors are absent, misshapen or not" in problem
 
 
 def test_what_cannot_be_served_and_what_lacks_its_head_are_warned_of(

@@ -9,6 +9,7 @@ import pytest
 from mtp_router.generate import v1
 from support.fake_router import ROUTE, FakeRouter
 from support.gguf_files import Script, write_script_model
+from support.storages import FP8_CONFIG, fp8, stored
 
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.cli import main
@@ -56,6 +57,22 @@ def test_inspect_tells_a_mixture_of_experts(tmp_path: Path, capsys: Capture) -> 
     assert shown["capabilities"]["mtp"]["supported"] is True  # type: ignore[index]
     assert main(["inspect", str(path)]) == 0
     assert "qwen3_5_moe checkpoint, 8 experts a layer, 2 a token, quantization" in capsys.readouterr().out
+
+
+def test_inspect_and_doctor_tell_of_weights_that_the_engine_does_not_read(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write(tmp_path / "original", Recipe(layers=2))
+    path = stored(original, tmp_path / "model", fp8, FP8_CONFIG)
+    way_out = "convert the unquantised original with mlx_lm.convert"
+    assert main(["inspect", str(path)]) == 1
+    assert way_out in capsys.readouterr().out
+    assert way_out in str(inspect_json(path, capsys, status=1)["problem"])
+    monkeypatch.setenv("MTP_ROUTER_MODELS__M__PATH", str(path))
+    assert main(["doctor", "--json", "--target", "127.0.0.1:1"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (problem,) = (finding["what"] for finding in findings if finding["state"] == "problem")
+    assert way_out in problem
 
 
 def test_inspect_reads_gguf_files(tmp_path: Path, capsys: Capture) -> None:
