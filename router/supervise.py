@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until it starts again; doubles
 STEADY = 30.0  # seconds that it must have run for the pause to be the first again
 SETTLED = 10.0  # seconds after which the first one that ends by itself has not merely been started wrongly
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# What reaches the server by each signal. It drains by SIGTERM and SIGINT alike, but a Python that is still starting
+# complains of SIGINT with a traceback.
+FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGHUP: signal.SIGHUP}
 LOOK = 0.1  # seconds between looks for a signal while nothing runs
 
 
@@ -35,7 +37,7 @@ class Supervisor:
         self._command = list(command)
         self._first_pause = first_pause
         self._process: subprocess.Popen[bytes] | None = None
-        self._stop: int | None = None  # the signal that ended it all
+        self._stop: signal.Signals | None = None  # the signal that ended it all
 
     def run(self) -> int:
         """Runs until it ends in order or was told to. Returns its exit status, 128 and the number for a signal."""
@@ -44,6 +46,8 @@ class Supervisor:
         restarts, pause = 0, self._first_pause
         while True:
             status, seconds = self._once()
+            if self._stop is not None and status == -FORWARDED[self._stop]:  # before it could drain
+                return 128 + self._stop
             if status == 0 or self._stop is not None or (status > 0 and not restarts and seconds < SETTLED):
                 return status if status >= 0 else 128 - status
             if seconds >= STEADY:
@@ -64,17 +68,18 @@ class Supervisor:
             self._process = subprocess.Popen(command, pass_fds=(reads,), start_new_session=True)
             os.close(reads)
             if self._stop is not None:  # it came just before
-                self._process.send_signal(self._stop)
+                self._process.send_signal(FORWARDED[self._stop])
             return self._process.wait(), time.monotonic() - began
         finally:
             self._process = None
             os.close(writes)
 
     def _signalled(self, number: int, frame: object) -> None:
-        if number != signal.SIGHUP:
-            self._stop = number
+        came = signal.Signals(number)
+        if came is not signal.SIGHUP:
+            self._stop = came
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(FORWARDED[came])
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

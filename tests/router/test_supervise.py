@@ -109,6 +109,15 @@ def test_signals_are_for_the_server_and_its_own_status_is_the_last(pretend):
     assert supervisor.wait(20) == 0
 
 
+def test_ctrl_c_before_the_server_has_started_is_quiet(start):
+    starting = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+    supervisor = start(sys.executable, "-c", SUPERVISE, json.dumps(starting), "0.05")
+    assert line(supervisor.stdout) == "up"
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.communicate(timeout=20) == ("", "")
+    assert supervisor.returncode == 128 + signal.SIGINT
+
+
 def test_a_signal_during_the_pause_ends_it(pretend):
     supervisor = pretend("abort", pause=600.0)
     assert "SIGABRT" in line(supervisor.stderr)
