@@ -78,7 +78,7 @@ class ModelSettings(Table):
     def _one_place(self) -> Self:
         places = [self.path, self.ollama, self.llama_server]
         if sum(place is not None for place in places) != 1:
-            raise ValueError("needs one of path, ollama or llama_server")
+            raise ValueError("needs one of path, ollama or llama_server, and only one")
         if self.path is None and (self.gguf is not None or self.head_path is not None):
             raise ValueError("gguf and head_path go with a path")
         if self.path is None and (self.keep_alive is not None or self.pin):

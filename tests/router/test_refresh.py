@@ -249,7 +249,7 @@ async def test_settings_that_cannot_be_read_change_nothing(
         assert caught.value.reason == "SETTINGS_INVALID"
         assert "pth" not in caught.value.message
     assert "models.words.pth: there is no such setting" in caplog.text
-    assert "backends.rack.llama_server.url: must be like" in caplog.text
+    assert "backends.rack.url: must be like" in caplog.text
     assert "open-sesame" not in caplog.text
     assert await said(client, "words") == " hi"
 
