@@ -47,6 +47,11 @@ _SCHEMA_PROBLEMS = {
     "NoExtension": "nothing can satisfy it",
     "registry": "a $ref or $schema leads outside it",
     "too large": "it is too large",
+    "Invalid type": "a type is none of JSON Schema's",
+    "type must be": "a type is none of JSON Schema's",
+    "Pointer": "a $ref points at nothing",
+    "regex parse error": "a pattern is no regular expression that can be followed",
+    "Expected ": "a keyword has a value of a kind that it cannot have",
 }
 
 Mask = NDArray[np.uint32]
