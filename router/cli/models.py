@@ -70,7 +70,8 @@ def _remarks(model: v1.Model, *, evidence: bool) -> Iterable[str]:
         yield warning
     if not evidence:
         return
-    yield one_line(f"{model.name}: {model.route.reason}")
+    if model.route.reason:
+        yield one_line(f"{model.name}: {model.route.reason}")
     if model.HasField("memory_bytes"):
         yield f"  in memory    about {model.memory_bytes / 1e6:.0f} MB once loaded, every context full"
     if model.fallbacks:
