@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -326,9 +327,17 @@ async def run(
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+        signal.signal(number, _end_at_once)
     for task in refreshes:
         task.cancel()
     await server.drain()
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """Ends the process without its threads, one of which may be in the middle of a slice of a load. llama.cpp children
+    end by themselves once it is gone."""
+    os.write(2, b"mtp-router: ended without draining\n")
+    os._exit(128 + number)
 
 
 def _on_terminal() -> bool:

@@ -1,0 +1,58 @@
+"""`serve` as a process: a second signal ends it at once, whatever its threads are at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_mtp_backend.synthetic import Recipe, write
+
+# A slice of a load that takes a minute outside of Python's reach, as one of a large model's may.
+SERVE = """
+import sys, time
+import mlx_mtp_backend.loading as loading
+def slow(*arguments):
+    print("in the middle of a slice", flush=True)
+    time.sleep(60)
+    yield
+loading._check_wiring = slow
+from router.cli import main
+sys.exit(main())
+"""
+SETTINGS = """
+[server]
+listen = "127.0.0.1:0"
+[backends.mlx]
+allow_cpu = true
+[models.m]
+path = "model"
+preload = true
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, second: signal.Signals) -> None:
+    write(tmp_path / "model", Recipe(kind="pass-through", layers=2))
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    command = [sys.executable, "-c", SERVE, "serve", "--config", str(tmp_path / "settings.toml")]
+    environment = {**os.environ, "MTP_ROUTER_HOME": str(tmp_path / "home")}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        assert any("in the middle of a slice" in line for line in server.stdout)
+        server.send_signal(signal.SIGINT)
+        assert any("load is given up" in line for line in server.stderr)  # it drains
+        begin = time.monotonic()
+        server.send_signal(second)
+        _, told = server.communicate(timeout=30)
+    assert server.returncode == 128 + second
+    assert told.endswith("mtp-router: ended without draining\n")
+    assert "Traceback" not in told
+    assert time.monotonic() - begin < 5.0  # it takes some milliseconds, on a machine that is not busy
