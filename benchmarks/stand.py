@@ -48,8 +48,9 @@ from router.domain import (
     Usage,
 )
 from router.lifecycle import Lifecycle, Seat, nothing
+from router.process import spare_the_collector
 from router.scheduler import Terms
-from router.server import RouterServer, spare_the_collector
+from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
 
 TICK = 0.005  # seconds between looks at the loop's delay

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = checked_settings(load)
     if arguments.supervise:
         return supervised(_options(arguments))
-    from router.server import serve  # loads the backends, which no other command needs
+    from router.process import serve  # loads the backends, which no other command needs
 
     return serve(settings, load, announce_json=arguments.json, lifeline=arguments.lifeline)
 

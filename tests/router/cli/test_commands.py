@@ -469,7 +469,7 @@ def test_serve_takes_the_address_from_the_arguments(
         served.extend([settings.server, load().server])
         return 0
 
-    monkeypatch.setattr("router.server.serve", serve)
+    monkeypatch.setattr("router.process.serve", serve)
     file = tmp_path / "router.toml"
     file.write_text("[server]\ndrain_grace = 7.0\n")
     assert main(["serve", "--config", str(file), "--listen", "127.0.0.1:7"]) == 0
