@@ -60,7 +60,7 @@ async def nothing() -> None:
 
 
 class Lifecycle:
-    """Admits requests to models, and has models loaded and dropped for them (see `scheduler.py`).
+    """Admits requests to models, and has models loaded and dropped for them (see `router.scheduler`).
 
     A task enters, goes through `wait`, and leaves in a `finally`, whatever became of it: the state is in the ticket, so
     that a cancelled waiter loses no wake-up and keeps no place.
