@@ -10,21 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.slow_load import SLOW_SLICE
 
 from mlx_mtp_backend.synthetic import Recipe, write
 
-# A slice of a load that takes a minute outside of Python's reach, as one of a large model's may.
-SERVE = """
-import sys, time
-import mlx_mtp_backend.loading as loading
-def slow(*arguments):
-    print("in the middle of a slice", flush=True)
-    time.sleep(60)
-    yield
-loading._check_wiring = slow
-from router.cli import main
-sys.exit(main())
-"""
+SERVE = SLOW_SLICE + "from router.cli import main\nsys.exit(main())\n"
 SETTINGS = """
 [server]
 listen = "127.0.0.1:0"

@@ -8,19 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support.slow_load import SLOW_SLICE
 
 from mlx_mtp_backend.synthetic import Recipe, write
 
-# A slice of a load that takes a minute outside of Python's reach, as one of a large model's may.
-SLOW_SLICE = """
-import sys, time
-import mlx_mtp_backend.loading as loading
-def slow(*arguments):
-    print("in the middle of a slice", flush=True)
-    time.sleep(60)
-    yield
-loading._check_wiring = slow
-"""
 SLOW_REPLY = """
 import sys, time
 import mlx_mtp_backend.rounds as rounds
