@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,8 +15,9 @@ class Double:
     """The process, and what it tells of itself."""
 
     def __init__(self, port: int = 0) -> None:
-        command = [sys.executable, ollama_double.__file__, str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", ollama_double.__name__, str(port)]
+        tests = Path(ollama_double.__file__).parents[1]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tests)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
 
