@@ -13,7 +13,7 @@ from unittest import mock
 import mlx.core as mx
 from mtp_kernels import few_row_experts
 from mtp_kernels.few_row_attention import Context
-from mtp_kernels.few_row_matmul import counters
+from mtp_kernels.few_row_matmul import TILE_ROWS, counters
 from mtp_kernels.gated_delta import DeltaState
 from mtp_kernels.segments import Segments
 
@@ -47,7 +47,7 @@ def breakdown(model: FusedQwen35, sequence: Prefilled, rows: int = 1) -> dict[st
         for layer, work in zip(model.layers, counters(len(model.layers)), strict=True):
             product = pick(layer)
             own = mx.contiguous(mx.broadcast_to(x[:, :1], (rows, product.matrices[0].inputs)))
-            x = product(own, work=work if product.swiglu else None)
+            x = product(own, work=work if product.swiglu or rows > TILE_ROWS else None)
         return x
 
     mixtures = [layer.mlp for layer in model.layers if isinstance(layer.mlp, FusedExperts)]

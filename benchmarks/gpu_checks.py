@@ -1,7 +1,8 @@
 """Property tests of every kernel on this GPU, CUDA or Metal: `python benchmarks/gpu_checks.py`; exits 1 on a failure.
 
 Fresh random inputs, a few hundred output features that fill no last tile, several matrices in a launch. Each case is
-compared with its reference, and rows in passes of 1, 3 and 5 with rows in a pass of 8, bit for bit.
+compared with its reference, and rows in passes of 1, 3 and 5 with rows in a pass of 8, bit for bit; rows of the matmul
+in passes of 11 and 27, too, and with those in passes of 16 and 32.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ def cases() -> list[Callable[[], Case]]:
         made.append(lambda d=dtype: attention_case(24, 4, d, base=9_000))
         # K in two parts: eight rows stage one after the other, fewer both at once.
         made.append(lambda d=dtype: matmul_case([matrix(520, 17_408, 4, 64, d)], d, residual=True))
+        # Shares of K leave sums, and sums of squares, for each other; the last unit of K is no share's last.
+        made.append(lambda d=dtype: matmul_case([matrix(n, 5248, 4, 64, d) for n in (520, 40)], d, norm=True))
+        made.append(lambda d=dtype: matmul_case([matrix(520, 5120, 8, 64, d)], d, norm=True))
     for dtype in (mx.bfloat16, mx.float16):
         for bits, group in FORMATS:
 
@@ -117,7 +121,7 @@ def main() -> None:
     failed = 0
     for make in cases():
         case = make()
-        choice = check(case, rows=(1, 3, 5))
+        choice = check(case, rows=(1, 3, 5, 11, 27) if case.kernel == "few_row_matmul" else (1, 3, 5))
         good = choice.implementation == platform()
         failed += not good
         dtype = str(case.dtype).removeprefix("mlx.core.")

@@ -80,17 +80,18 @@ def cuda_launch(
     shared_memory: int = 0,
     threads: int = 0,
     common: tuple[str, ...] = (),
+    source: str = "kernel.cu",
 ) -> Launch:
     """Callable for one CUDA kernel, compiled at its first evaluation.
 
-    The device functions of `kernel.cu` beside `package_file`, and the `common` texts of this package before them, are
+    The device functions of `source` beside `package_file`, and the `common` texts of this package before them, are
     included by path: MLX hashes the text that it is given at every launch, which for whole kernels takes longer than
     anything else on the host. `shared_memory` is dynamic shared memory in bytes. MLX asks for more than 48,000 bytes
     only once for each name, so the name carries that figure too. `threads` bounds a block: without it the compiler may
     give a thread more registers than a large block has, and MLX's signature says none, so the word that opens it is
     defined anew.
     """
-    files = [*(Path(__file__).with_name(name) for name in common), Path(package_file).with_name("kernel.cu")]
+    files = [*(Path(__file__).parent / name for name in common), Path(package_file).with_name(source)]
     header = "".join(f'#include "{file.resolve().as_posix()}"\n' for file in files)
     if threads:
         header += f"#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)\n"

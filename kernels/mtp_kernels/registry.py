@@ -1,7 +1,7 @@
 """Which implementation of each kernel runs here, and why.
 
 A kernel runs only after it passed two checks on this device at the shape asked for: against its reference, and eight
-rows in one pass against the same rows one at a time, bit for bit. One that fails, or does not compile, is replaced by
+rows (of the matmul 16 and 32, too) in one pass against the same rows one at a time, bit for bit. One that fails, or does not compile, is replaced by
 MLX's own operations, and `status` says so.
 """
 
@@ -46,8 +46,8 @@ class Case:
         launches: implementation by platform (`cuda`, `metal`).
         reference: same signature, plain MLX operations: the definition of right.
         fallback: same signature, what runs where the kernel does not.
-        probe: called with an implementation and a number of rows, runs CHECK_ROWS fixed rows in passes of that many
-            and returns all of its results, row results first.
+        probe: called with an implementation and a number of rows, runs CHECK_ROWS fixed rows (or more, where passes of
+            more are launches of another kind) in passes of that many and returns all of its results, row results first.
         unproved: platforms on which no check has ever been seen to pass.
     """
 
@@ -74,7 +74,7 @@ class Choice:
         implementation: a platform, or `fallback`.
         reason: why.
         error: relative error against the reference (norm of the difference over norm); None when not measured.
-        rows_equal: whether eight rows had the bits of one row at a time; None when not measured.
+        rows_equal: whether rows of one pass had the bits of one row at a time; None when not measured.
     """
 
     kernel: str
@@ -211,7 +211,7 @@ def check(case: Case, rows: tuple[int, ...] = (1,)) -> Choice:
     if not error <= _TOLERANCE[case.dtype]:
         reason = f"differs from its reference by {error:.1e}"
     elif not equal:
-        reason = "eight rows differ from fewer rows"
+        reason = "rows of one pass differ from those of smaller passes"
     else:
         reason = "checked on this device"
         if here in case.unproved:

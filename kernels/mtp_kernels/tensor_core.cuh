@@ -66,20 +66,30 @@ struct Scalar<__half> {
   }
 };
 
-// The products of one word of each of the lane's two rows: 8 values of k in 4 bits, or 4 in 8 bits.
+// One word of each of the lane's two rows as fragments: 8 values of k in 4 bits, or 4 in 8 bits.
 template <typename T, int BITS>
-__device__ __forceinline__ void multiply_word(unsigned w0, unsigned w1, unsigned f0, unsigned f1, unsigned f2,
-                                              unsigned f3, float (&acc)[4]) {
+__device__ __forceinline__ void unpack_word(unsigned w0, unsigned w1, unsigned (*fragments)[4]) {
   using S = Scalar<T>;
   if constexpr (BITS == 8) {
     const unsigned a[4] = {S::bytes(w0, 0), S::bytes(w1, 0), S::bytes(w0, 1), S::bytes(w1, 1)};
-    S::mma(acc, a, f0, f1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[0][i] = a[i];
   } else {
     const unsigned a[4] = {S::nibbles(w0), S::nibbles(w1), S::nibbles(w0 >> 4), S::nibbles(w1 >> 4)};
     const unsigned b[4] = {S::nibbles(w0 >> 8), S::nibbles(w1 >> 8), S::nibbles(w0 >> 12), S::nibbles(w1 >> 12)};
-    S::mma(acc, a, f0, f1);
-    S::mma(acc, b, f2, f3);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[0][i] = a[i], fragments[1][i] = b[i];
   }
+}
+
+// The products of such words with activations.
+template <typename T, int BITS>
+__device__ __forceinline__ void multiply_word(unsigned w0, unsigned w1, unsigned f0, unsigned f1, unsigned f2,
+                                              unsigned f3, float (&acc)[4]) {
+  unsigned fragments[BITS == 8 ? 1 : 2][4];
+  unpack_word<T, BITS>(w0, w1, fragments);
+  Scalar<T>::mma(acc, fragments[0], f0, f1);
+  if constexpr (BITS == 4) Scalar<T>::mma(acc, fragments[1], f2, f3);
 }
 
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }

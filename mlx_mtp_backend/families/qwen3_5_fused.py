@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.qwen3_5 import DecoderLayer
-from mtp_kernels import few_row_matmul as matmul_kernel
 from mtp_kernels.few_row_matmul import variants
 from mtp_kernels.launch import platform, stands_in, version_of
 from mtp_kernels.registry import Case, Registry, Run, Selection
@@ -43,7 +42,7 @@ from mlx_mtp_backend.families.qwen3_5_fused_pass import (
     stock_attention,
     take,
 )
-from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, Works, product
 from mlx_mtp_backend.host import evaluate
 
 # Layers whose graph is built before the device is given them: it works on these while the host builds the next.
@@ -303,10 +302,8 @@ def _through(
     keep, positions = where
     shared = Where(fixed, positions, keep[0] if keep else None)
     after = []
-    # A head's pass, of one layer, took 1.1 ms more on an H100 when it had a counter.
-    works = matmul_kernel.counters(len(layers)) if len(layers) > 1 else [None]
-    for layer, state, work in zip(layers, states, works, strict=True):
-        x, left = layer(x, state, shared, work)
+    for layer, state, works in zip(layers, states, Works.of_pass(len(layers), x.shape[0]), strict=True):
+        x, left = layer(x, state, shared, works)
         after.append(left)
     return x, after
 

@@ -20,7 +20,7 @@ from mtp_kernels.segments import Segments
 
 from mlx_mtp_backend.families.qwen3_5_fused_cache import DeltaArrays
 from mlx_mtp_backend.families.qwen3_5_fused_mlp import fused_mlp
-from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, product
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, Works, product
 
 Settle = Callable[[mx.array], mx.array]
 
@@ -78,13 +78,11 @@ class FusedDelta:
         self.leave = product(selection, [net.out_proj], dtype, residual=True)
         self.mlp = fused_mlp(layer, dtype, selection)
 
-    def __call__(
-        self, x: mx.array, state: DeltaArrays, where: Where, work: mx.array | None
-    ) -> tuple[mx.array, DeltaArrays]:
+    def __call__(self, x: mx.array, state: DeltaArrays, where: Where, works: Works) -> tuple[mx.array, DeltaArrays]:
         assert where.keep is not None
         before = delta_kernel.DeltaState(*state)
-        y, after = self.run(self.enter(x), before, where.keep, self.weights, where.fixed.segments)
-        return self.mlp(self.leave(y, residual=x), work), [after.recurrent, after.window, after.tape]
+        y, after = self.run(self.enter(x, work=works.enter), before, where.keep, self.weights, where.fixed.segments)
+        return self.mlp(self.leave(y, residual=x, work=works.leave), works), [after.recurrent, after.window, after.tape]
 
     def settle(self, rows: mx.array, before: DeltaArrays, keep: mx.array) -> tuple[mx.array, DeltaArrays]:
         """Runs any number of projection rows of one sequence into its state: output rows, and that state."""
@@ -130,9 +128,9 @@ class FusedAttention:
         self.mlp = fused_mlp(layer, dtype, selection)
 
     def __call__(
-        self, x: mx.array, contexts: Sequence[list[mx.array]], where: Where, work: mx.array | None
+        self, x: mx.array, contexts: Sequence[list[mx.array]], where: Where, works: Works
     ) -> tuple[mx.array, list[mx.array]]:
-        projected = self.enter(x)
+        projected = self.enter(x, work=works.enter)
         before = [tail for _, _, tail in contexts]
         queries, tails = self.prepare(projected, before, where.positions, where.fixed.segments, self.shape)
         seen = [
@@ -140,7 +138,7 @@ class FusedAttention:
             for (keys, values, _), tail, position in zip(contexts, tails, where.positions, strict=True)
         ]
         attended = self.attend(queries, seen, where.fixed.segments, projected)
-        return self.mlp(self.leave(attended, residual=x), work), tails
+        return self.mlp(self.leave(attended, residual=x, work=works.leave), works), tails
 
 
 def fused_layer(layer: DecoderLayer, dtype: mx.Dtype, selection: Selection) -> FusedDelta | FusedAttention:

@@ -11,7 +11,7 @@ from mtp_kernels.few_row_experts.probe import case as experts_case
 from mtp_kernels.few_row_matmul import Matrix
 from mtp_kernels.registry import Selection
 
-from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, matrix_of, product
+from mlx_mtp_backend.families.qwen3_5_fused_products import Unsupported, Works, matrix_of, product
 from mlx_mtp_backend.host import evaluate
 
 # Rows of a prompt that still take less time in passes of few rows than all experts take to be unpacked.
@@ -28,9 +28,8 @@ class FusedMLP:
         )
         self.leave = product(selection, [mlp.down_proj], dtype, residual=True)
 
-    def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
-        # On the smaller products a counter costs the host as much as it saves the device.
-        return self.leave(self.enter(x, work=work), residual=x)
+    def __call__(self, x: mx.array, works: Works) -> mx.array:
+        return self.leave(self.enter(x, work=works.mlp_enter), residual=x, work=works.mlp_leave)
 
 
 class FusedExperts:
@@ -61,14 +60,14 @@ class FusedExperts:
         self.run = selection.resolve(experts_case(self.experts, dtype))
         self.norm, self.eps, self.most_rows = norm.weight, norm.eps, experts_kernel.most_rows(self.experts)
 
-    def __call__(self, x: mx.array, work: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, works: Works) -> mx.array:
         parts = [self._some(x[first : first + self.most_rows]) for first in range(0, x.shape[0], self.most_rows)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def many_rows(self, x: mx.array) -> mx.array:
         """The same for one sequence's rows [N, hidden] of a prompt."""
         if x.shape[0] <= _SLICED_ROWS:
-            return self(x, None)
+            return self(x, Works())
         h = mx.fast.rms_norm(x, self.norm, self.eps)
         logits = experts_kernel.router_logits(h, self.gates)
         return x + experts_kernel.many_row_experts(h, logits, self.experts, evaluate)

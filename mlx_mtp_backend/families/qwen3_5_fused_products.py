@@ -33,6 +33,26 @@ def matrix_of(linear: Module) -> matmul_kernel.Matrix:
 
 
 @dataclass(frozen=True)
+class Works:
+    """What a layer's products count in, see `few_row_matmul`; None where that would not pay."""
+
+    enter: mx.array | None = None
+    leave: mx.array | None = None
+    mlp_enter: mx.array | None = None
+    mlp_leave: mx.array | None = None
+
+    @classmethod
+    def of_pass(cls, layers: int, rows: int) -> list[Works]:
+        """For each layer of a pass of so many rows."""
+        if rows > matmul_kernel.TILE_ROWS:  # where each product needs one
+            made = matmul_kernel.counters(4 * layers)
+            return [cls(*made[first : first + 4]) for first in range(0, 4 * layers, 4)]
+        # On smaller products than the MLP's a counter costs the host as much as it saves the device, and a head's
+        # pass, of one layer, took 1.1 ms more on an H100 when it had one.
+        return [cls(mlp_enter=work) for work in (matmul_kernel.counters(layers) if layers > 1 else [None])]
+
+
+@dataclass(frozen=True)
 class Product:
     """One launch's weights, with what is fused around them."""
 

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtp_kernels import attention_inputs, few_row_attention, few_row_experts, few_row_matmul, gated_delta, sampler
 from mtp_kernels.few_row_matmul import Matrix
-from mtp_kernels.few_row_matmul.plan import THREADS, TILE_FEATURES, TILE_ROWS, WARPS, plan
+from mtp_kernels.few_row_matmul.plan import (
+    THREADS,
+    TILE_FEATURES,
+    TILE_ROWS,
+    WARPS,
+    WidePlan,
+    launches,
+    plan,
+    wide_plan,
+)
 from mtp_kernels.launch import SHARED_MEMORY_BYTES, version_of
 from mtp_kernels.segments import Segments
 
@@ -76,6 +85,85 @@ def test_every_launch_fits_into_shared_memory(
     assert made.parts == plan(1, inputs, bits, group, swiglu=swiglu, norm=norm).parts  # else rows would sum otherwise
     if bits != 16:
         assert (inputs // group * 2) % made.scale_bytes == 0  # every row of scales starts where such a copy may
+
+
+FORMS = st.sampled_from([(4, 64), (4, 32), (4, 128), (8, 64), (8, 32), (8, 128), (16, 0)])
+
+
+@given(st.integers(1, 32), st.integers(1, 136).map(lambda n: n * 256), FORMS, st.booleans(), st.booleans())
+def test_launches_take_all_rows_in_order_and_fit(
+    count: int, inputs: int, form: tuple[int, int], swiglu: bool, norm: bool
+) -> None:
+    sizes = launches(count, inputs, *form, swiglu=swiglu, norm=norm)
+    assert sum(sizes) == count
+    assert all(size > 0 for size in sizes)
+    for size in sizes[:-1]:
+        assert size % TILE_ROWS == 0
+    for size in sizes:
+        if size > TILE_ROWS:
+            made = wide_plan(size, inputs, *form, swiglu=swiglu, norm=norm)
+            assert made is not None
+            check_wide(made, size, inputs, form)
+
+
+def check_wide(made: WidePlan, rows: int, inputs: int, form: tuple[int, int]) -> None:
+    """What the CUDA text takes for granted of its template arguments, and that K has the parts of narrow launches."""
+    bits, group = form
+    assert made.shared_bytes <= SHARED_MEMORY_BYTES
+    assert rows <= made.columns * TILE_ROWS
+    assert made.columns % 2 == 0
+    assert 2 <= made.stages <= 6
+    assert made.parts == plan(1, inputs, bits, group, swiglu=made.swiglu, norm=False).parts
+    assert WARPS % made.classes == 0
+    assert made.classes % 4 == 0  # a quad of accumulators is the smallest branch of the tree
+    values = made.classes * (64 if bits == 4 else 32)
+    assert values % 256 == 0
+    if bits != 16:
+        line = values // group * 2
+        assert line % made.scale_bytes == (inputs // group * 2) % made.scale_bytes == 0
+        assert made.scale_bytes in (4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(9, (9,)), (16, (16,)), (17, (16, 1)), (24, (16, 8)), (25, (16, 9)), (32, (16, 16))]
+)
+def test_rows_that_do_not_fit_are_cut_up(rows: int, sizes: tuple[int, ...]) -> None:
+    assert launches(rows, 6144, 8, 64, swiglu=False, norm=False) == sizes
+
+
+@pytest.mark.parametrize("inputs", [2048, 2560, 4096, 5120, 6144, 9216, 10_240, 17_408])
+def test_four_bits_take_32_rows_in_one_launch(inputs: int) -> None:
+    for rows in (9, 16, 17, 32):
+        assert launches(rows, inputs, 4, 64, swiglu=False, norm=True) == (rows,)
+
+
+def test_tiles_and_branches_of_wide_launches() -> None:
+    made = wide_plan(32, 5120, 4, 64, swiglu=False, norm=True)
+    paired = wide_plan(32, 5120, 4, 64, swiglu=True, norm=True)
+    assert made is not None
+    assert paired is not None
+    assert (made.classes, made.shares) == (paired.classes, paired.shares) == (4, 4)
+    # A tile is 8 pieces of 16 features; with SwiGLU half of them are the gate's, whose pieces alone are counted.
+    assert (made.tiles(320), made.tiles(321), paired.tiles(1088)) == (40, 41, 272)
+    # 128 features of 32 rows from four shares, and 20 sums of squares a row.
+    assert made.branches(40, 5120) == 40 * 4 * 128 * 32 + 32 * 20
+    small = wide_plan(16, 2048, 4, 64, swiglu=False, norm=True)
+    assert small is not None
+    assert (small.shares, small.branches(40, 2048)) == (1, 0)
+
+
+def test_counters_are_apart_even_where_compiled() -> None:
+    """MLX would take two arrays of zeros of one size for one, which both launches would then count up."""
+
+    def counts(x: mx.array) -> list[mx.array]:
+        return [x + work.sum() for work in (*few_row_matmul.counters(1), *few_row_matmul.counters(2))]
+
+    made = few_row_matmul.counters(3)
+    assert [work.shape for work in made] == [(few_row_matmul.COUNTERS,)] * 3
+    assert not mx.any(mx.concatenate(made)).item()
+    first, second = few_row_matmul._zeros(8), few_row_matmul._zeros(8)
+    assert first.shape != second.shape
+    assert mx.array_equal(mx.concatenate(mx.compile(counts)(mx.ones((1,)))), mx.ones((3,))).item()
 
 
 def mixture(
@@ -252,17 +340,24 @@ def test_sources_reduce_in_a_fixed_order(kernel: str) -> None:
     assert not re.search(r"\batomic|\bred\.", text)
 
 
-def constant(kernel: str, name: str) -> int:
-    match = re.search(rf"constexpr int (?:\w+ = \d+, )?{name} = (\d+)", (FOLDER / kernel / "kernel.cu").read_text())
+def test_wide_launches_count_and_sum_nothing_by_atomics() -> None:
+    text = "".join((FOLDER / "few_row_matmul" / name).read_text() for name in ("shared.cuh", "wide.cu"))
+    assert text.count("atomicAdd(work + ") == 2  # tiles claimed and branches that arrived
+    assert not re.search(r"\batomic|\bred\.", text.replace("atomicAdd(work + ", ""))
+
+
+def constant(kernel: str, name: str, file: str = "kernel.cu") -> int:
+    match = re.search(rf"constexpr int (?:\w+ = \d+, )?{name} = (\d+)", (FOLDER / kernel / file).read_text())
     assert match, f"{kernel} has no {name}"
     return int(match[1])
 
 
 def test_python_and_cuda_agree_on_constants() -> None:
-    assert constant("few_row_matmul", "kWarps") == WARPS
+    assert constant("few_row_matmul", "kWarps", "shared.cuh") == WARPS
     assert (WARPS + constant("few_row_matmul", "kCopyWarps")) * 32 == THREADS
-    assert constant("few_row_matmul", "kTokens") == TILE_ROWS
-    assert constant("few_row_matmul", "kTileRows") == TILE_FEATURES
+    assert constant("few_row_matmul", "kTokens", "shared.cuh") == TILE_ROWS
+    assert constant("few_row_matmul", "kTileRows", "shared.cuh") == TILE_FEATURES
+    assert (WARPS + constant("few_row_matmul", "kHelpers", "wide.cu")) * 32 == WidePlan.threads
     assert constant("gated_delta", "kThreads") == gated_delta._THREADS
     assert constant("gated_delta", "kDim") == gated_delta.HEAD_DIM
     assert constant("gated_delta", "kTape") == gated_delta.TAPE
@@ -288,7 +383,7 @@ def test_python_and_cuda_agree_on_constants() -> None:
 def test_a_version_follows_its_sources(kernel: str) -> None:
     names = ["kernel.cu", "kernel.metal", "metal.py"]
     if kernel == "few_row_matmul":
-        names = ["../tensor_core.cuh", "kernel.cu", "plan.py", "kernel.metal", "metal.py"]
+        names = ["../tensor_core.cuh", "shared.cuh", "kernel.cu", "wide.cu", "plan.py", "kernel.metal", "metal.py"]
     if kernel == "few_row_experts":
         names = ["../tensor_core.cuh", "../few_row_matmul/kernel.metal", *names]
     texts = [(FOLDER / kernel / name).read_text() for name in names]

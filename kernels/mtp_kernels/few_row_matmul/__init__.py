@@ -5,6 +5,7 @@ Row-invariant: a row of the result has the same bits whatever rows share the cal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,14 +13,28 @@ import mlx.core as mx
 
 from ..launch import CUDA_TYPES, SHARED_MEMORY_BYTES, cuda_launch, multiprocessors, platform, source_text, version_of
 from . import metal
-from .plan import THREADS, TILE_FEATURES, TILE_ROWS, plan
+from .plan import TILE_FEATURES, TILE_ROWS, launches, plan, wide_plan
 from .reference import Matrix, reference, stock
 
-__all__ = ["MAX_ROWS", "VERSION", "Matrix", "counters", "few_row_matmul", "reference", "stock", "supported"]
+__all__ = [
+    "COUNTERS",
+    "MAX_ROWS",
+    "TILE_ROWS",
+    "VERSION",
+    "Matrix",
+    "counters",
+    "few_row_matmul",
+    "reference",
+    "stock",
+    "supported",
+]
 
 MAX_ROWS = 32
-COMMON = ("tensor_core.cuh",)
-_SOURCES = ("../tensor_core.cuh", "kernel.cu", "plan.py", "kernel.metal", "metal.py")
+COUNTERS = 1024
+"""Words of `work`: enough for a layer's products of more than 8 rows."""
+_distinct = itertools.cycle(range(1, 4096))
+COMMON = ("tensor_core.cuh", "few_row_matmul/shared.cuh")
+_SOURCES = ("../tensor_core.cuh", "shared.cuh", "kernel.cu", "wide.cu", "plan.py", "kernel.metal", "metal.py")
 VERSION = version_of(*(source_text(__file__, name) for name in _SOURCES))
 
 
@@ -42,8 +57,14 @@ def supported(matrices: Sequence[Matrix], dtype: mx.Dtype, *, swiglu: bool = Fal
 
 
 def counters(count: int) -> Sequence[mx.array]:
-    """`work` for so many launches of one pass, from a single launch; never to be kept for another pass."""
-    return cast(Sequence[mx.array], mx.split(mx.zeros((count,), mx.uint32), count))
+    """`work` for so many products of one pass, from a single launch; never to be kept for another pass."""
+    parts = mx.split(_zeros(count * COUNTERS), [COUNTERS * i for i in range(1, count + 1)])
+    return cast(Sequence[mx.array], parts)[:count]
+
+
+def _zeros(size: int) -> mx.array:
+    """At least so many zeros, which mx.compile takes for no others: it would make one array of two of one size."""
+    return mx.zeros((size + next(_distinct),), mx.uint32)
 
 
 def few_row_matmul(
@@ -57,7 +78,10 @@ def few_row_matmul(
     out_dtype: mx.Dtype | None = None,
     work: mx.array | None = None,
 ) -> mx.array:
-    """Product of few rows with one or more weight matrices in one launch per 8 rows.
+    """Product of few rows with one or more weight matrices in one launch; on Metal in one per 8 rows.
+
+    On CUDA, too, there are several where so many rows do not fit into shared memory: more than 16 of some 5,000 inputs
+    with weights of 8 or 16 bits.
 
     Args:
         x: `[M, K]` bfloat16 or float16, 1 <= M <= 32.
@@ -67,8 +91,10 @@ def few_row_matmul(
         residual: `[M, N]` added to the product.
         swiglu: the two matrices are gate and up, and the result is silu(gate) * up (arXiv 2002.05202).
         out_dtype: dtype of the result; x's when None.
-        work: `[1]` uint32, zero, for this call alone (see `counters`): blocks then take tiles of output features
-            from it as they get free, and count it up in place. Without it each has fixed ones. Changes no bits.
+        work: `[COUNTERS]` uint32, zero, for this call alone (see `counters`): blocks then take tiles of output
+            features from it as they get free, and count it up in place. Without it each has fixed ones. Launches for
+            more than 8 rows also count in it which blocks are done; if it is missing or too short they make their own.
+            Changes no bits.
 
     Returns:
         `[M, N]`, N the sum of N_i, or N_0 with `swiglu`.
@@ -77,13 +103,24 @@ def few_row_matmul(
         ValueError: a shape, dtype or combination that the kernel does not have.
     """
     _check(x, matrices, norm_weight, residual, swiglu)
-    parts = []
-    for first in range(0, x.shape[0], TILE_ROWS):
-        rows = slice(first, first + TILE_ROWS)
+    first = matrices[0]
+    sizes: tuple[int, ...] = (x.shape[0],)
+    if platform() == "metal":
+        sizes = (TILE_ROWS,) * -(-x.shape[0] // TILE_ROWS)
+    elif x.shape[0] > TILE_ROWS:
+        sizes = launches(
+            x.shape[0], first.inputs, first.bits, first.group_size, swiglu=swiglu, norm=norm_weight is not None
+        )
+    if len(sizes) == 1:
+        return _launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype or x.dtype, work)
+    parts, begin = [], 0
+    for size in sizes:
+        rows = slice(begin, begin + size)
         added = None if residual is None else residual[rows]
-        count = work if first == 0 else None
+        count = work if begin == 0 else None
         parts.append(_launch(x[rows], matrices, norm_weight, eps, added, swiglu, out_dtype or x.dtype, count))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+        begin += size
+    return mx.concatenate(parts, axis=0)
 
 
 def _check(
@@ -125,8 +162,14 @@ def _launch(
     if platform() == "metal":
         return metal.launch(x, matrices, norm_weight, eps, residual, swiglu, out_dtype)
     rows, inputs = x.shape
-    first = matrices[0]
-    how = plan(rows, inputs, first.bits, first.group_size, swiglu=swiglu, norm=norm_weight is not None)
+    first, norm = matrices[0], norm_weight is not None
+    form = (rows, inputs, first.bits, first.group_size)
+    how = plan(*form, swiglu=swiglu, norm=norm) if rows <= TILE_ROWS else wide_plan(*form, swiglu=swiglu, norm=norm)
+    assert how is not None
+    tiles = how.tiles(sum(-(-m.features // TILE_FEATURES) for m in (matrices[:1] if swiglu else matrices)))
+    branches = how.branches(tiles, inputs)
+    if how.shares > 1 and (work is None or work.size < how.shares + tiles):
+        work = _zeros(how.shares + tiles)
     names, arrays, rows_of = ["x"], [x], []
     for i, m in enumerate(matrices):
         names += [f"w{i}", f"s{i}", f"b{i}"] if m.scales is not None else [f"w{i}"]
@@ -137,31 +180,31 @@ def _launch(
         if array is not None:
             names.append(name)
             arrays.append(array)
-    epilogue = 2 if swiglu else int(residual is not None)
-    kind = CUDA_TYPES[x.dtype]
+    kind, epilogue = CUDA_TYPES[x.dtype], 2 if swiglu else int(residual is not None)
+    left = ["const_cast<unsigned*>(work)" if work is not None else "nullptr", *(["branches"] if branches else [])]
     body = f"""
   extern __shared__ __align__(128) unsigned char smem[];
   using Bytes = const unsigned char*;
   const few_row::Matrix matrices[{len(matrices)}] = {{{", ".join(rows_of)}}};
-  few_row::Launch<{kind}, {CUDA_TYPES[out_dtype]}, {first.bits}, {first.group_size or 64}, {len(matrices)},
-                  {how.parts}, {_bool(how.resident)}, {how.units}, {how.stages}, {_bool(norm_weight is not None)},
-                  {epilogue}, {how.scale_bytes}>(
-      x, {"norm_weight" if norm_weight is not None else f"({kind}*)nullptr"},
+  few_row::{how.template}<{kind}, {CUDA_TYPES[out_dtype]}, {first.bits}, {first.group_size or 64}, {len(matrices)},
+                  {how.arguments}, {_bool(norm)}, {epilogue}, {how.scale_bytes}>(
+      x, {"norm_weight" if norm else f"({kind}*)nullptr"},
       {"residual" if residual is not None else f"({kind}*)nullptr"}, matrices, y, x_shape[0], x_shape[1],
-      {eps!r}f, smem).run({"const_cast<unsigned*>(work)" if work is not None else "nullptr"});
+      {eps!r}f, smem).run({", ".join(left)});
 """
-    kernel = cuda_launch("few_row_matmul", __file__, body, tuple(names), ("y",), SHARED_MEMORY_BYTES, THREADS, COMMON)
-    features = first.features if swiglu else sum(m.features for m in matrices)
-    tiles = sum(-(-m.features // TILE_FEATURES) for m in (matrices[:1] if swiglu else matrices))
-    blocks = min(multiprocessors(), tiles)
-    (y,) = kernel(
-        inputs=arrays,
-        output_shapes=[(rows, features)],
-        output_dtypes=[out_dtype],
-        grid=(blocks * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
+    outputs = ("y", "branches") if branches else ("y",)
+    kernel = cuda_launch(
+        "few_row_matmul", __file__, body, tuple(names), outputs, SHARED_MEMORY_BYTES, how.threads, COMMON, how.source
     )
-    return y
+    features = first.features if swiglu else sum(m.features for m in matrices)
+    blocks = how.shares * min(max(1, multiprocessors() // how.shares), tiles)
+    return kernel(
+        inputs=arrays,
+        output_shapes=[(rows, features), (branches,)][: len(outputs)],
+        output_dtypes=[out_dtype, mx.float32][: len(outputs)],
+        grid=(blocks * how.threads, 1, 1),
+        threadgroup=(how.threads, 1, 1),
+    )[0]
 
 
 def _bool(value: bool) -> str:

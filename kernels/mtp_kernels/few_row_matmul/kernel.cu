@@ -11,45 +11,11 @@
 // Loops that run seldom are kept rolled: a launch begins with a cold instruction cache, and every line of it counts.
 namespace few_row {
 
-constexpr int kWarps = 16;                                 // that multiply
-constexpr int kThreads = kWarps * 32;
 constexpr int kCopyWarps = 2;
 constexpr int kAllThreads = kThreads + kCopyWarps * 32;
-constexpr int kTileRows = 16;
-constexpr int kTokens = 8;
 constexpr int kOutputs = kTileRows * kTokens;
 constexpr int kPartial = kOutputs + 2;                     // floats of one warp's partial tile; + 2 spreads the banks
 constexpr int kKeep = 4;                                   // tiles that go through the parts of K together
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-// A stage's barriers: `full` completes when its copies have landed, `empty` when every warp has read it.
-__device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
-  asm volatile(
-      "{\n .reg .pred done;\nagain_%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @!done bra again_%=;\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-// Weights pass through the second-level cache once: they leave first, and code, activations and states stay.
-__device__ __forceinline__ unsigned long long passing_through() {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // By the copy engine: 16-byte aligned, a multiple of 16 bytes.
 __device__ __forceinline__ void copy_bulk(unsigned dst, const void* src, unsigned bytes, unsigned barrier,
@@ -58,36 +24,6 @@ __device__ __forceinline__ void copy_bulk(unsigned dst, const void* src, unsigne
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
-
-template <int BYTES>
-__device__ __forceinline__ void copy_small(unsigned dst, const void* src, unsigned long long policy) {
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %3, %2;" ::"r"(dst), "l"(src), "l"(policy),
-                 "n"(BYTES) : "memory");
-}
-
-using tensor_core::multiply_word;
-using tensor_core::Scalar;
-using tensor_core::silu;
-
-// One weight matrix of a launch that may carry several: rows [0, n) of it are features [first, first + n) of y.
-struct Matrix {
-  const unsigned char* w;
-  const unsigned char* s;
-  const unsigned char* b;
-  int n;
-};
-
-template <int BITS, int GROUP>
-struct Layout {
-  static constexpr int kUnitBytes = BITS == 16 ? 64 : 32;             // of a row, for one warp
-  static constexpr int kUnit = kUnitBytes * 8 / BITS;                 // values of k in a unit
-  static constexpr int kFold = BITS == 4 && GROUP > 32 ? 64 : 32;     // k between two uses of scale and bias
-  static constexpr int kFolds = kUnit / kFold;
-};
 
 // A stage: UNITS units for each warp, 16 rows of weights, of scales and of biases. Pitches spread rows over the banks.
 template <int BITS, int GROUP, int UNITS>
@@ -101,25 +37,11 @@ struct Stage {
   static constexpr int kBytes = kTileRows * (kPitch + (BITS == 16 ? 0 : 2 * kScalePitch));
 };
 
-// Where the 8 activations x[m, 8v .. 8v+7] live: in the order in which lanes meet the weights of the same k.
-template <int BITS, int GROUP>
-__device__ __forceinline__ int fragment_slot(int v, int m, int rows) {
-  if constexpr (BITS == 4) {
-    const int r = v & 15;
-    const int word = GROUP == 32 ? (r >> 2) : ((r >> 3) * 2 + (r & 1));
-    const int quad = GROUP == 32 ? (r & 3) : ((r >> 1) & 3);
-    return (((v >> 4) * 4 + word) * rows + m) * 4 + quad;
-  } else {
-    return ((v >> 2) * rows + m) * 4 + (v & 3);
-  }
-}
-
 // Stages rows of x (times the norm weight) as fragments, with their sums per fold and of squares. One item is 256
 // values of one row, handled by one warp whatever the number of rows. A warp loads several items before it uses the
 // first.
 template <typename T, int BITS, int GROUP, bool NORM>
 struct Activations {
-  using S = Scalar<T>;
   static constexpr int kBatch = NORM ? 5 : 8;
   const uint4 *x, *norm_weight;
   int rows, stride, start, vectors, per_row, items;
@@ -143,57 +65,27 @@ struct Activations {
   }
 
   __device__ __forceinline__ void store(int first, uint4* fragments, float* fold_sums, float* squares) const {
-    constexpr int kFoldVectors = Layout<BITS, GROUP>::kFold / 8;
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int item = first + j * kWarps, m = item / per_row, v = (item - m * per_row) * 32 + lane;
       if (item >= items) break;
-      unsigned r[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
-      if constexpr (NORM) {
-        float square = 0.0f;
-        const unsigned g[4] = {gains[j].x, gains[j].y, gains[j].z, gains[j].w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float a = S::lo(r[i]), b = S::hi(r[i]);
-          square = __fmaf_rn(b, b, __fmaf_rn(a, a, square));
-          r[i] = S::pack(a * S::lo(g[i]), b * S::hi(g[i]));
-        }
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-        if (lane == 0) squares[m * ((stride + 31) / 32) + (start + v) / 32] = square;
-      }
-      if constexpr (BITS != 16) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum += S::lo(r[i]) + S::hi(r[i]);
-#pragma unroll
-        for (int d = 1; d < kFoldVectors; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-        if (v < vectors && v % kFoldVectors == 0) fold_sums[v / kFoldVectors * kTokens + m] = sum;
-      }
-      if (v < vectors) {
-        uint4 f = make_uint4(r[0], r[1], r[2], r[3]);
-        if constexpr (BITS == 4) {  // nibbles i and i + 4 of a word leave it as one pair
-          f = make_uint4(__byte_perm(r[0], r[2], 0x5410), __byte_perm(r[0], r[2], 0x7632),
-                         __byte_perm(r[1], r[3], 0x5410), __byte_perm(r[1], r[3], 0x7632));
-        }
-        fragments[fragment_slot<BITS, GROUP>(v, m, rows)] = f;
-      }
+      stage_vector<T, BITS, GROUP, NORM>(loaded[j], gains[NORM ? j : 0], v, vectors, m, rows, kTokens, fragments,
+                                         fold_sums, [&](float square) {
+                                           squares[m * ((stride + 31) / 32) + (start + v) / 32] = square;
+                                         });
     }
   }
 };
 
-// out += scale * products + bias * sum for the lane's two rows (g and g + 8), whose scales lie at `scales`.
+// Folds a unit's products into the lane's outputs with the scales of its two rows, which lie at `scales`.
 template <typename T, int BITS, int PITCH>
-__device__ __forceinline__ void fold(const unsigned char* scales, const float (&acc)[4], float2 sum, float (&out)[4]) {
+__device__ __forceinline__ void fold_rows(const unsigned char* scales, const float (&acc)[4], float2 sum,
+                                          float (&out)[4]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const unsigned char* at = scales + 8 * r * PITCH;
-    const float scale = static_cast<float>(*reinterpret_cast<const T*>(at));
-    float bias = static_cast<float>(*reinterpret_cast<const T*>(at + kTileRows * PITCH));
-    if constexpr (BITS == 4) bias = __fmaf_rn(-Scalar<T>::kOffset, scale, bias);
-    out[2 * r] = __fmaf_rn(scale, acc[2 * r], __fmaf_rn(bias, sum.x, out[2 * r]));
-    out[2 * r + 1] = __fmaf_rn(scale, acc[2 * r + 1], __fmaf_rn(bias, sum.y, out[2 * r + 1]));
+    fold(affine<T, BITS>(at, at + kTileRows * PITCH), r, acc, sum, out);
   }
 }
 
@@ -228,7 +120,7 @@ __device__ __forceinline__ void multiply_unit(const unsigned char* stage, const 
       const uint2 u0 = *reinterpret_cast<const uint2*>(w0 + q * 8), u1 = *reinterpret_cast<const uint2*>(w1 + q * 8);
       multiply_word<T, 8>(u0.x, u1.x, f.x, f.y, 0, 0, acc);
       multiply_word<T, 8>(u0.y, u1.y, f.z, f.w, 0, 0, acc);
-      fold<T, 8, R::kScalePitch>(scales, acc, *sums, out);
+      fold_rows<T, 8, R::kScalePitch>(scales, acc, *sums, out);
     } else if constexpr (GROUP == 32) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -237,14 +129,14 @@ __device__ __forceinline__ void multiply_unit(const unsigned char* stage, const 
         const unsigned u1 = *reinterpret_cast<const unsigned*>(w1 + i * 16 + q * 4);
         acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
         multiply_word<T, 4>(u0, u1, f.x, f.y, f.z, f.w, acc);
-        fold<T, 4, R::kScalePitch>(scales + 2 * i, acc, sums[i * kTokens / 2], out);
+        fold_rows<T, 4, R::kScalePitch>(scales + 2 * i, acc, sums[i * kTokens / 2], out);
       }
     } else {
       const uint4 f0 = live ? column[0] : none, f1 = live ? column[rows * 4] : none;
       const uint2 u0 = *reinterpret_cast<const uint2*>(w0 + q * 8), u1 = *reinterpret_cast<const uint2*>(w1 + q * 8);
       multiply_word<T, 4>(u0.x, u1.x, f0.x, f0.y, f0.z, f0.w, acc);
       multiply_word<T, 4>(u0.y, u1.y, f1.x, f1.y, f1.z, f1.w, acc);
-      fold<T, 4, R::kScalePitch>(scales, acc, *sums, out);
+      fold_rows<T, 4, R::kScalePitch>(scales, acc, *sums, out);
     }
   }
 }
@@ -323,8 +215,6 @@ struct Ring {
   }
 };
 
-enum Epilogue { kPlain = 0, kResidual = 1, kSwiGLU = 2 };
-
 // The whole launch, its state in one place. `matrices` is filled by the caller; for kSwiGLU it holds the gate and the
 // up projection. K is summed in PARTS; RESIDENT when all of its activations are staged at once.
 template <typename T, typename OutT, int BITS, int GROUP, int COUNT, int PARTS, bool RESIDENT, int UNITS,
@@ -370,19 +260,6 @@ struct Launch {
     return min(part_units * L::kUnitBytes, row_bytes - part_start(part));
   }
 
-  // The matrix of a tile, its first row there, and the output feature of that matrix's first row.
-  __device__ __forceinline__ void locate(int tile, Matrix& matrix, int& row, int& first) const {
-    matrix = matrices[0], row = tile * kTileRows, first = 0;
-    if constexpr (EPILOGUE != kSwiGLU) {
-#pragma unroll
-      for (int i = 1; i < COUNT; ++i) {
-        const int padded = (matrix.n + kTileRows - 1) / kTileRows * kTileRows;
-        if (row >= padded) row -= padded, first += matrix.n, matrix = matrices[i];
-        else break;
-      }
-    }
-  }
-
   // ---- the copying warps; a stage's label is 4 * tile + flags
 
   static constexpr int kLater = 2, kLast = 1;  // for the second staging or a later one; no tile follows those before
@@ -390,7 +267,7 @@ struct Launch {
   __device__ __forceinline__ void copy_tile(int tile, int part, bool last, unsigned long long policy) {
     Matrix matrix;
     int row, first;
-    locate(tile, matrix, row, first);
+    locate<EPILOGUE>(matrices, tile, matrix, row, first);
     const int end = part_start(part) + part_bytes(part);
     const int label = tile * 4 + (part >= kTogether ? kLater : 0) + (last ? kLast : 0);
     for (int at = part_start(part); at < end; at += R::kSlabBytes) {
@@ -442,11 +319,8 @@ struct Launch {
     }
     meet();
     if (NORM && part == kStagings - 1) {
-      if (threadIdx.x < rows) {
-        float total_square = 0.0f;
-        for (int i = 0; i < square_count(); ++i) total_square += squares[threadIdx.x * square_count() + i];
-        scale[threadIdx.x] = rsqrtf(total_square / K + eps);
-      }
+      if (threadIdx.x < rows)
+        scale[threadIdx.x] = norm_scale(squares + threadIdx.x * square_count(), square_count(), K, eps);
       meet();
     }
   }
@@ -500,17 +374,14 @@ struct Launch {
     const int output = threadIdx.x >> 2, token = output & 7, feature = output >> 3;
     Matrix matrix;
     int row, first;
-    locate(tile, matrix, row, first);
+    locate<EPILOGUE>(matrices, tile, matrix, row, first);
     if ((threadIdx.x & 3) != 0 || token >= rows || row + feature >= matrix.n) return;
     if constexpr (NORM) {
 #pragma unroll
-      for (int i = 0; i < kPerTile; ++i) sum[i] *= scale[token];
+      for (int i = 0; i < kPerTile; ++i) sum[i] = __fmul_rn(sum[i], scale[token]);
     }
     const size_t at = static_cast<size_t>(token) * ldy + first + row + feature;
-    float value = sum[0];
-    if constexpr (EPILOGUE == kSwiGLU) value = silu(sum[0]) * sum[1];
-    if constexpr (EPILOGUE == kResidual) value += static_cast<float>(residual[at]);
-    y[at] = static_cast<OutT>(value);
+    write_output<EPILOGUE>(y, residual, at, sum[0], sum[kPerTile - 1]);
   }
 
   // A tile's sum over the parts that came before, by the threads that write it.

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..launch import platform
 from ..registry import CHECK_ROWS, Case, Run
-from . import VERSION, counters, few_row_matmul
+from . import MAX_ROWS, VERSION, counters, few_row_matmul
 from .reference import Matrix, reference, stock
 from .variants import form, variant_for
 
@@ -24,29 +24,36 @@ def case(
 ) -> Case:
     """These weights with this fusion; the checks read the weights given.
 
-    Eight rows take their tiles from a counter, fewer have fixed ones.
+    Passes of 8 rows, and off Metal of 16 and 32, of which each is a launch of its own kind, take their tiles from a
+    counter; passes of other sizes go through the most rows without one.
     """
     first = matrices[0]
     features = first.features if swiglu else sum(m.features for m in matrices)
     x_key, norm_key, residual_key = mx.random.split(mx.random.key(0), 3)
+    together = (CHECK_ROWS,) if platform() == "metal" else (CHECK_ROWS, 2 * CHECK_ROWS, MAX_ROWS)
 
     def probe(run: Run, rows: int) -> list[mx.array]:
-        x = mx.random.normal((CHECK_ROWS, first.inputs), key=x_key).astype(dtype)
+        most = together[-1]
+        x = mx.random.normal((most, first.inputs), key=x_key).astype(dtype)
         weight = (1 + 0.1 * mx.random.normal((first.inputs,), key=norm_key)).astype(dtype) if norm else None
-        added = mx.random.normal((CHECK_ROWS, features), key=residual_key).astype(dtype) if residual else None
-        passes = [
-            run(
-                x[i : i + rows],
+        added = mx.random.normal((most, features), key=residual_key).astype(dtype) if residual else None
+
+        def one_pass(begin: int, end: int, work: mx.array | None = None) -> mx.array:
+            y: mx.array = run(
+                x[begin:end],
                 matrices,
                 norm_weight=weight,
-                residual=None if added is None else added[i : i + rows],
+                residual=None if added is None else added[begin:end],
                 swiglu=swiglu,
                 out_dtype=out_dtype,
-                work=counters(1)[0] if rows == CHECK_ROWS else None,
+                work=work,
             )
-            for i in range(0, CHECK_ROWS, rows)
-        ]
-        return [mx.concatenate(passes)]
+            return y
+
+        if rows == CHECK_ROWS:
+            return [one_pass(0, count, counters(1)[0]) for count in together]
+        fewer = mx.concatenate([one_pass(i, min(i + rows, most)) for i in range(0, most, rows)])
+        return [fewer[:count] for count in together]
 
     fusion = {"norm": norm, "swiglu": swiglu, "residual": residual}
     variant = f"-{variant_for(matrices, **fusion)}" if platform() == "metal" else ""
