@@ -1,8 +1,8 @@
 """Which implementation of each kernel runs here, and why.
 
 A kernel runs only after it passed two checks on this device at the shape asked for: against its reference, and eight
-rows (of the matmul 16 and 32, too) in one pass against the same rows one at a time, bit for bit. One that fails, or does not compile, is replaced by
-MLX's own operations, and `status` says so.
+rows (of the matmul 16 and 32, too) in one pass against the same rows one at a time, bit for bit. One that fails, or
+does not compile, is replaced by MLX's own operations, and `status` says so.
 """
 
 from __future__ import annotations
