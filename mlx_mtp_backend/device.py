@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 
 
-def accelerator() -> str | None:
+def accelerator(device: str | None = None) -> str | None:
     """ "Metal" or "CUDA" where MLX can use one, else None.
 
     Imports MLX: where a BLAS is to be interposed, start the engine first.
+
+    Args:
+        device: as in EngineOptions; on "cpu" nothing else is used.
     """
+    if device == "cpu":
+        return None
     import mlx.core as mx
 
     if mx.metal.is_available():
