@@ -221,7 +221,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     os.dup2(2, 1)  # native code may print
-    _die_with_parent()
+    die_with_parent()
     threading.excepthook = lambda told: _fail(told.exc_value)
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
@@ -291,7 +291,7 @@ def yield_to_parent(nice: int) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, lowered)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Has the kernel end this process at the end of its standard input, where the kernel can (Linux): native code may
     hold the interpreter's lock for long. Elsewhere the thread that reads the socket sees to it once it runs."""
     signal.signal(signal.SIGIO, signal.SIG_DFL)

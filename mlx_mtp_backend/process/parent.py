@@ -170,7 +170,9 @@ class EngineProcess(BaseEngine):
                 self._child.kill()
                 return
             if self._pulse.quiet:
-                self._outbox.put(wire.Ping(self._pulse.suspected))
+                self._outbox.put(wire.Ping(step=False))
+            if self._pulse.suspected:
+                self._outbox.put(wire.Ping(step=True))
 
     # What follows runs on the thread that reads from the child.
 
@@ -246,11 +248,21 @@ class EngineProcess(BaseEngine):
             if text is None:
                 raise EngineError(ErrorReason.CHECKPOINT_UNREADABLE, f"the tokenizer of {load.name!r} went away")
         except EngineError as error:
-            with contextlib.suppress(EngineError):  # closed meanwhile
-                self.unload(load.name)
-            self._failed(number, error)
+            self._take_back(number, error)
         else:
             self._publish(number, replace(model, text=text))
+
+    def _take_back(self, number: int, error: EngineError) -> None:
+        """A load fails here that came about there. Its name is taken until it is gone there, too."""
+        with self._board.lock:
+            load = self._loads.pop(number, None)
+        if load is None:  # unloaded, or closed, meanwhile
+            return
+        with contextlib.suppress(EngineError):
+            self.unload(load.name).result()
+        with self._board.lock:
+            self._board.loading.discard(load.name)
+        load.result.set_exception(error)
 
     def _publish(self, number: int, model: LoadedModel) -> None:
         with self._board.lock:
