@@ -9,8 +9,8 @@ short requests that come at a steady rate while all streams run.
 Added is what the router adds to gRPC alone: the difference of the 99th percentiles between two measurements of one run,
 the second through a server of the same streams that has no router. Client, gRPC, loopback and a busy machine are in
 both; the absolute figures are printed too. It is measured with idle cores, and with the MLX engine decoding two streams
-beside; gRPC alone then has an engine beside it, too. `--thread` also measures with the engine on a thread of the router's
-process, for comparison.
+beside; gRPC alone then has an engine beside it, too. `--thread` also measures the engine on a thread of the router, for
+comparison.
 """
 
 from __future__ import annotations

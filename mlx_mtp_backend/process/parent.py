@@ -60,7 +60,7 @@ class EngineProcess(BaseEngine):
         self._over = threading.Event()
         self._pulse = Pulse()
         level = min(logging.getLogger(name).getEffectiveLevel() for name in LOGGERS)
-        start = wire.encode(wire.Start(self._options, level))
+        start = _frame(wire.Start(self._options, level))
         self._child = ChildProcess()
         self._outbox = Outbox(self._child.connection, "mlx-engine-writer")
         self._outbox.put_frame(start)
@@ -97,27 +97,23 @@ class EngineProcess(BaseEngine):
     ) -> Future[LoadedModel]:
         """See BaseEngine."""
         load = Load(name, path, options or LoadOptions(), on_progress, uncancellable())
+        number = next(self._numbers)
+        command = _frame(wire.LoadModel(number, name, path, load.options))
         with self._board.lock:
             self._board.begin_load(name)
-            number = next(self._numbers)
             self._loads[number] = load
-        try:
-            self._outbox.put(wire.LoadModel(number, name, path, load.options))
-        except wire.WireError as error:
-            with self._board.lock:
-                self._board.loading.discard(name)
-                self._loads.pop(number, None)
-            raise _unspeakable(error) from None
+        self._outbox.put_frame(command)
         return load.result
 
     def unload(self, name: str) -> Future[None]:
         """See BaseEngine."""
         unload = Unload(name, uncancellable())
+        number = next(self._numbers)
+        command = _frame(wire.UnloadModel(number, name))
         with self._board.lock:
             self._board.require_open()
-            number = next(self._numbers)
             self._unloads[number] = unload
-        self._outbox.put(wire.UnloadModel(number, name))
+        self._outbox.put_frame(command)
         return unload.result
 
     def submit(self, params: GenerateParams, on_ready: Callable[[], None] | None = None) -> Stream:
@@ -131,10 +127,7 @@ class EngineProcess(BaseEngine):
             lambda: self._outbox.put(wire.Cancel(number)),
             lambda tokens: self._outbox.put(wire.Room(number, tokens)),
         )
-        try:
-            request = wire.encode(wire.Generate(number, params, stream.submitted))
-        except wire.WireError as error:
-            raise _unspeakable(error) from None
+        request = _frame(wire.Generate(number, params, stream.submitted))
         self._board.admit()
         with self._board.lock:
             closed = self._board.closed
@@ -319,8 +312,13 @@ class EngineProcess(BaseEngine):
             self._on_end()
 
 
-def _unspeakable(error: wire.WireError) -> EngineError:
-    return EngineError(ErrorReason.INVALID_PARAMS, f"it cannot be told to the engine's process: {error}")
+def _frame(message: wire.ToChild) -> bytes:
+    """Raises EngineError INVALID_PARAMS for what cannot be said, such as text that is not Unicode."""
+    try:
+        return wire.encode(message)
+    except wire.WireError as error:
+        detail = f"it cannot be told to the engine's process: {error}"
+        raise EngineError(ErrorReason.INVALID_PARAMS, detail) from None
 
 
 def _brief(error: Exception) -> str:

@@ -11,6 +11,8 @@ import sys
 import threading
 from collections import deque
 
+from mlx_mtp_backend.errors import EngineError, ErrorReason
+
 log = logging.getLogger(__name__)
 
 MODULE = "mlx_mtp_backend.process.child"
@@ -26,20 +28,28 @@ class ChildProcess:
 
     Attributes:
         connection: to it; closed by `reap`.
+
+    Raises:
+        EngineError: ENGINE_CLOSED, where the system starts no process.
     """
 
     def __init__(self) -> None:
         self.connection, theirs = socket.socketpair()
         with theirs:
-            # -P: the folder that the server was started in holds no modules for it.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    # -P: the folder that this process was started in holds no modules for the other.
+                    [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.connection.close()
+                detail = f"the engine's process cannot be started: {error.strerror}"
+                raise EngineError(ErrorReason.ENGINE_CLOSED, detail) from error
         self._last_words: deque[str] = deque(maxlen=STDERR_LINES)
         self._drain = threading.Thread(target=self._drain_stderr, name="mlx-engine-stderr", daemon=True)
         self._drain.start()

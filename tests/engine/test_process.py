@@ -173,6 +173,9 @@ def test_signals_of_a_terminal_or_a_service_manager_are_the_parents(engine):
 def test_what_cannot_be_told_is_refused(engine):
     assert reason_of(lambda: engine.submit(ask(stop_strings=("\ud800",)))) is ErrorReason.INVALID_PARAMS
     assert reason_of(lambda: engine.load("x", Path("\udcff"))) is ErrorReason.INVALID_PARAMS
+    assert reason_of(lambda: engine.unload("\udcff")) is ErrorReason.INVALID_PARAMS
+    options = EngineOptions(kernel_checks=Path("\udcff"))
+    assert reason_of(lambda: EngineProcess(options)) is ErrorReason.INVALID_PARAMS
     assert engine.status().loading == ()
     assert engine.status().waiting == 0
 
@@ -430,6 +433,13 @@ def test_an_engine_that_fails_or_hangs_in_its_process_is_ended(history, tmp_path
     until(lambda: ends)
     assert [text for text in told if text not in caplog.text] == []
     engine.close()
+
+
+def test_a_system_that_starts_no_process_is_an_error(monkeypatch):
+    files = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert reason_of(lambda: EngineProcess(EngineOptions())) is ErrorReason.ENGINE_CLOSED
+    assert len(os.listdir("/dev/fd")) == files
 
 
 def test_garbage_from_the_parent_ends_the_process(history, caplog):

@@ -8,19 +8,22 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from mtp_router.generate import v1
 
+from mlx_mtp_backend import BaseEngine, Engine, EngineError, EngineOptions, ErrorReason
 from mlx_mtp_backend.process import pulse
 from mlx_mtp_backend.process.spawn import MODULE
 from mlx_mtp_backend.synthetic import Recipe, write
+from router.backends import mlx_engine
 from router.backends.mlx import MlxBackend
 from router.catalog import read_catalog
 from router.client import AsyncClient, RouterCallError
+from router.domain import BackendState
 from router.lifecycle import measured_footprint
 from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
@@ -105,6 +108,31 @@ async def test_killed_as_it_loads_and_as_others_wait(client: AsyncClient) -> Non
             await answer
         assert caught.value.reason == "BACKEND_UNAVAILABLE"
     await comes_back(client)
+
+
+async def test_a_restart_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a driver needs a moment after it took the engine along."""
+    monkeypatch.setattr(mlx_engine, "FIRST_RESTART", 0.01)
+    made: list[Callable[[], None]] = []
+
+    def make(options: EngineOptions, on_end: Callable[[], None]) -> BaseEngine:
+        made.append(on_end)
+        if len(made) in (2, 3):
+            raise EngineError(ErrorReason.ENGINE_CLOSED, "planted")
+        return Engine(options, on_end)
+
+    backend = MlxBackend("mlx", MlxSettings(allow_cpu=True, cpu_nice=0), engine=make)
+    await backend.start()
+    assert backend.status().state is BackendState.READY
+    states: list[BackendState] = []
+    backend.on_status_change(lambda status: states.append(status.state))
+    made[0]()
+    async with asyncio.timeout(10):
+        while not backend.status().restarts:
+            await asyncio.sleep(0.005)
+    assert states == [BackendState.DOWN] * 3 + [BackendState.READY]
+    assert (len(made), backend.offer().refusal) == (4, "")
+    await backend.close()
 
 
 async def test_the_memory_guard_counts_the_process(client: AsyncClient) -> None:
