@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from pathlib import Path
 from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import EngineOptions, GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.base import BaseEngine
-from mlx_mtp_backend.device import accelerator
+from mlx_mtp_backend.device import accelerator, prepare_mlx
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.mailbox import Call, Close, Inbox, Load, Submit, Unload, Wake, uncancellable
 from mlx_mtp_backend.models import LoadedModel
@@ -40,10 +38,7 @@ class Engine(BaseEngine):
         self._thread.start()
 
     def _run(self) -> None:
-        if sys.platform == "linux":
-            # With CUDA MLX would cut a pass over large weights into a graph every few launches. Read at first use.
-            os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "60")
-            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
+        prepare_mlx()
         # Imported here: MLX must not be imported before a BLAS is interposed, nor by callers that only inspect.
         from mlx_mtp_backend.worker import Worker
 

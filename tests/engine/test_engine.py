@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 import pytest
+from support.engines import reason_of, tokens_of, until
 
 from mlx_mtp_backend import (
     Delta,
@@ -71,10 +72,6 @@ def ask(model: str = "history", **changes) -> GenerateParams:
     return GenerateParams(model, **defaults | changes)
 
 
-def tokens_of(events) -> tuple[int, ...]:
-    return tuple(token for event in events if isinstance(event, Delta) for token in event.tokens)
-
-
 def text_of(events) -> str:
     return "".join(event.text for event in events if isinstance(event, Delta))
 
@@ -91,19 +88,6 @@ def idle(engine: Engine) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def until(holds, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def reason_of(call) -> ErrorReason:
-    with pytest.raises(EngineError) as caught:
-        call()
-    return caught.value.reason
 
 
 def test_a_reply_is_started_deltas_finished(engine):

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.engines import reason_of, tokens_of, until
 
 from mlx_mtp_backend import (
     Delta,
@@ -55,23 +56,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel sends no 
 def ask(**changes) -> GenerateParams:
     defaults = {"prompt": PROMPT, "max_tokens": 24, "sampling": Sampling(0.8), "seed": 5, "ignore_eos": True}
     return GenerateParams("history", **defaults | changes)
-
-
-def tokens_of(events) -> tuple[int, ...]:
-    return tuple(token for event in events if isinstance(event, Delta) for token in event.tokens)
-
-
-def until(holds, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def reason_of(call) -> ErrorReason:
-    with pytest.raises(EngineError) as caught:
-        call()
-    return caught.value.reason
 
 
 def gone(pid: int) -> bool:
