@@ -23,8 +23,8 @@ EXIT = 2.0  # seconds between the end of what it says and its own
 
 
 class ChildProcess:
-    """A process of its own session, so that a terminal's signals are the parent's alone. It is told nothing but by the
-    socket; its standard input is a pipe on which nothing is ever written and whose end it does not survive.
+    """A process in a group of its own, so that a terminal's signals are the parent's alone. It is told nothing but by
+    the socket; its standard input is a pipe on which nothing is ever written and whose end it does not survive.
 
     Attributes:
         connection: to it; closed by `reap`.
@@ -44,7 +44,8 @@ class ChildProcess:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
+                    # No session of its own: Linux shares the processor between sessions first, whatever their niceness.
+                    process_group=0,
                 )
             except OSError as error:
                 self.connection.close()
