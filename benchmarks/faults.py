@@ -1,10 +1,10 @@
 """What the caller is told where a backend fails, lane by lane, fault by stage: `make faults`.
 
 Each cell starts a router (in this process) over real backends: Ollama's server is a double in a process of its own,
-llama.cpp runs in its child processes, the MLX engine on its thread. One request is brought to a stage, the fault
-happens, and what it was told is held against the lane's table. Meanwhile other requests are answered by models that the
-fault must not reach; afterwards the model answers again, where the router can bring that about, and no task, process,
-file, place or line may be left over.
+llama.cpp and the MLX engine run in their child processes, the engine on a thread where a fault is planted into it. One
+request is brought to a stage, the fault happens, and what it was told is held against the lane's table. Meanwhile other
+requests are answered by models that the fault must not reach; afterwards the model answers again, where the router can
+bring that about, and no task, process, file, place or line may be left over.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The fault matrix's MLX lane: the real engine on synthetic checkpoints, with faults planted where real ones happen: in
-building a round, in evaluating it, in the engine's loop."""
+"""The fault matrix's MLX lane: the real engine on synthetic checkpoints. Its process is killed and stopped; and on a
+thread of this process faults are planted where real ones happen: in building a round, in evaluating it, in its loop."""
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -14,11 +16,13 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+import psutil
 
 from benchmarks.fault_cells import (
     ANSWERED,
     FAILED,
     LOAD_FAILED,
+    ROOT,
     STAGES,
     STALLED,
     UNAVAILABLE,
@@ -27,8 +31,11 @@ from benchmarks.fault_cells import (
     busy,
     router,
 )
+from benchmarks.paced_engine import PACE, SLICE
+from mlx_mtp_backend import Engine, EngineProcess
 from mlx_mtp_backend.families.base import Hidden
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
+from mlx_mtp_backend.process import pulse, spawn
 from mlx_mtp_backend.synthetic import Recipe, write
 from mlx_mtp_backend.worker import Worker
 from router.backends.base import Backend
@@ -42,28 +49,32 @@ from support.ollama_process import Double  # isort: skip
 
 SICK, WELL = 64, 96  # hidden sizes, by which the faults tell the models apart
 PLACES = 2  # of the engine
-PACE = 0.003  # seconds that a pass of either model takes longer
-SLICE = 0.02  # seconds that a slice of a load takes longer
+PACED = "benchmarks.paced_engine"  # the engine's process
+SILENT = 6  # looks, a second apart, after which it is taken for dead
 FIRST_TOKEN, TOKEN = 4.0, 4.0  # seconds without a sign of life
 STALL = 6.0  # seconds
 PROMPT = {"prompt": "Once upon a time", "ignore_end_of_generation": True}
 LONG = {**PROMPT, "prompt": "Once upon a time " * 60}
 BUILD, DEVICE, DIES = "round cannot be built", "device fails", "engine's thread dies"
 STALLS, REFUSES = "stalls", "weights cut short"
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 
 # A load runs no pass here; the first one after it fails.
 _BROKEN = dict.fromkeys(STAGES, FAILED)
+_GONE = {"queued": UNAVAILABLE, "loading": UNAVAILABLE, "prefill": UNAVAILABLE, "decode": FAILED}
 EXPECTED: dict[str, dict[str, str]] = {
     BUILD: _BROKEN,
     DEVICE: _BROKEN,
-    DIES: {"queued": UNAVAILABLE, "loading": UNAVAILABLE, "prefill": UNAVAILABLE, "decode": FAILED},
+    DIES: _GONE,
     STALLS: {"queued": STALLED, "loading": ANSWERED, "prefill": STALLED, "decode": STALLED},
     REFUSES: {"loading": LOAD_FAILED},
+    "SIGKILL": _GONE,
+    "SIGSTOP": {"queued": STALLED, "loading": UNAVAILABLE, "prefill": STALLED, "decode": STALLED},
 }
 
 
 class Plant:
-    """Plants a fault into the engine; nothing goes wrong until it is `armed`."""
+    """Plants a fault into an engine on a thread; nothing goes wrong until it is `armed`."""
 
     def __init__(self, fault: str, folder: Path) -> None:
         self.armed = False
@@ -139,7 +150,7 @@ class MlxScene:
         self.victim: Mapping[str, Any] = PROMPT
         # Where the engine itself fails, everything on it does; other backends go on.
         self.beside: Mapping[str, Mapping[str, Any]] = {"other": {"messages": [{"role": "user", "content": "count"}]}}
-        if fault not in (DIES, STALLS):
+        if fault not in (DIES, STALLS, *SIGNALS):
             self.beside = {**self.beside, "well": PROMPT}
 
     async def prepare(self, stage: str) -> None:
@@ -170,7 +181,10 @@ class MlxScene:
         return self._fault == REFUSES or victim.stage == {"queued": "queue", "loading": "load"}.get(stage, stage)
 
     async def happen(self, stage: str) -> None:
-        """From the engine's next step on."""
+        """From the engine's next step on, or to its process."""
+        if self._fault in SIGNALS:
+            (process,) = [child for child in psutil.Process().children() if PACED in child.cmdline()]
+            os.kill(process.pid, SIGNALS[self._fault])
         self._plant.armed = True
 
     async def heal(self) -> None:
@@ -191,6 +205,17 @@ def _checkpoint(hidden: int) -> Path:
     return write(Path(tempfile.mkdtemp(prefix="faults")) / "model", Recipe(layers=2, hidden=hidden))
 
 
+@contextmanager
+def _in_its_process() -> Any:
+    """Engines' processes are slow, and soon taken for dead."""
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, path))
+        stack.enter_context(mock.patch.object(spawn, "MODULE", PACED))
+        stack.enter_context(mock.patch.object(pulse, "SILENT", SILENT))
+        yield
+
+
 @asynccontextmanager
 async def scene(fault: str) -> AsyncIterator[MlxScene]:
     """A router with two checkpoints on the engine, and a double of an Ollama server."""
@@ -206,7 +231,7 @@ async def scene(fault: str) -> AsyncIterator[MlxScene]:
         wiring_check="off",
     )
     backends: dict[str, Backend] = {
-        "mlx": MlxBackend("mlx", settings, lifecycle),
+        "mlx": MlxBackend("mlx", settings, lifecycle, EngineProcess if fault in SIGNALS else Engine),
         "ollama": OllamaBackend("ollama", OllamaSettings(host=double.address, check_interval=0.2), lifecycle),
     }
     models = {"other": ModelSettings(ollama="smol")}
@@ -217,7 +242,7 @@ async def scene(fault: str) -> AsyncIterator[MlxScene]:
             models[model] = ModelSettings(path=folder / model, draft_depth=2)
         plant = Plant(fault, folder)
         try:
-            with plant.planted():
+            with _in_its_process() if fault in SIGNALS else plant.planted():
                 async with router(backends, models, lifecycle) as client:
                     yield MlxScene(client, backends, folder, fault, plant)
         finally:

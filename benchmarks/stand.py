@@ -23,6 +23,7 @@ import grpc
 import psutil
 from mtp_router.generate import v1
 
+from mlx_mtp_backend import Engine, EngineProcess
 from mlx_mtp_backend.synthetic import Recipe, write
 from router.backends.mlx import MlxBackend
 from router.catalog import Catalog, ModelEntry, read_catalog
@@ -182,7 +183,9 @@ async def serve(arguments: argparse.Namespace) -> None:
     entries = [scripted_entry("scripted", "scripted")]
     with tempfile.TemporaryDirectory() as folder:
         if arguments.mlx:
-            backends["mlx"] = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, cpu_nice=arguments.cpu_nice))
+            nice = 0 if arguments.thread else arguments.cpu_nice
+            mlx = MlxSettings(allow_cpu=True, parallel=2, cpu_nice=nice)
+            backends["mlx"] = MlxBackend("mlx", mlx, engine=Engine if arguments.thread else EngineProcess)
             entries.append(await checkpoint_entry(Path(folder), arguments.layers, arguments.hidden))
         settings = ServerSettings(listen="127.0.0.1:0", drain_grace=0.0, metrics_listen="127.0.0.1:0")
         server = BareServer() if arguments.bare else RouterServer(settings, Catalog(entries), backends)
@@ -202,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parallel", type=int, default=1000)
     parser.add_argument("--mlx", action="store_true")
+    parser.add_argument("--thread", action="store_true", help="with the engine on a thread of this process")
     parser.add_argument("--bare", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)

@@ -1,8 +1,8 @@
-"""How late the event loop wakes a sleeper while the MLX engine decodes in the same process: `make ticks`.
+"""How late the event loop wakes a sleeper while the MLX engine decodes: `make ticks`.
 
-Idle, then with two streams decoding, by the interval at which threads take turns in Python. Where the kernel tells
-(Linux), the time that the loop's thread was ready but had no core is taken off: it is another program's, not the
-engine's.
+Idle, then with two streams decoding: in a process of its own, as the router has it, and on a thread of this process, by
+the interval at which threads take turns in Python. Where the kernel tells (Linux), the time that the loop's thread was
+ready but had no core is taken off: it is another program's, not the engine's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 TICK = 0.005  # seconds
-INTERVALS = (0.005, 0.0005, 0.0001)  # CPython's own first
+OWN = 0.005  # seconds after which CPython has threads take turns, by itself
+# Where the engine decodes, and the interval.
+CASES = (("idle", OWN), ("process", OWN), ("thread", OWN), ("thread", 0.0005), ("thread", 0.0001))
 
 
 def unscheduled() -> Callable[[], float]:
@@ -46,18 +48,18 @@ async def delays(seconds: float) -> list[float]:
     return sorted(values)
 
 
-async def measure(busy: bool, interval: float, seconds: float) -> None:
+async def measure(where: str, interval: float, seconds: float) -> None:
     """Prints one line."""
-    from mlx_mtp_backend import EngineOptions, GenerateParams
-    from mlx_mtp_backend.engine import Engine
+    from mlx_mtp_backend import Engine, EngineOptions, EngineProcess, GenerateParams
     from mlx_mtp_backend.synthetic import Recipe, write
     from router.settings import MlxSettings
 
     sys.setswitchinterval(interval)
-    options = EngineOptions(max_streams=2, cpu_nice=MlxSettings().cpu_nice)
+    options = EngineOptions(max_streams=2, cpu_nice=MlxSettings().cpu_nice if where == "process" else 0)
     tokens, ended, readers = [0], threading.Event(), []
-    with tempfile.TemporaryDirectory() as folder, Engine(options) as engine:
-        if busy:
+    make = EngineProcess if where == "process" else Engine
+    with tempfile.TemporaryDirectory() as folder, make(options) as engine:
+        if where != "idle":
             path = write(Path(folder) / "words", Recipe(kind="history", layers=4, hidden=256))
             await asyncio.wrap_future(engine.load("words", path))
 
@@ -79,23 +81,23 @@ async def measure(busy: bool, interval: float, seconds: float) -> None:
         for reader in readers:
             reader.join()
     shares = "".join(f"{values[int(len(values) * share)] * 1e3:>9.2f}" for share in (0.5, 0.9, 0.99))
-    what = f"decoding, {interval * 1e3:g} ms" if busy else f"idle, {interval * 1e3:g} ms"
+    what = f"{where}, {interval * 1e3:g} ms"
     print(f"{what:<22}{shares}{tokens[0] / seconds:>12.0f}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--one", nargs=2, metavar=("BUSY", "INTERVAL"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("WHERE", "INTERVAL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        asyncio.run(measure(arguments.one[0] == "busy", float(arguments.one[1]), arguments.seconds))
+        asyncio.run(measure(arguments.one[0], float(arguments.one[1]), arguments.seconds))
         return 0
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; loop delay in ms, engine's tokens/s")
     print(f"{'':<22}{'p50':>9}{'p90':>9}{'p99':>9}{'tokens/s':>12}")
-    for busy, interval in (("idle", INTERVALS[0]), *(("busy", interval) for interval in INTERVALS)):
+    for where, interval in CASES:
         command = [sys.executable, "-m", "benchmarks.ticks", "--seconds", str(arguments.seconds)]
-        subprocess.run([*command, "--one", busy, str(interval)], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([*command, "--one", where, str(interval)], check=True, stderr=subprocess.DEVNULL)
     return 0
 
 

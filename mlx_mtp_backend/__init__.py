@@ -1,4 +1,4 @@
-"""In-process MLX engine that decodes with native Multi-Token-Prediction heads.
+"""MLX engine that decodes with native Multi-Token-Prediction heads, on a thread or in a process of its own.
 
 Importing the package does not import MLX.
 """
@@ -23,19 +23,23 @@ from mlx_mtp_backend.api import (
     TokenLogprob,
     WiringPolicy,
 )
+from mlx_mtp_backend.base import BaseEngine, EngineStatus
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPReport, MTPStatus, inspect_checkpoint
-from mlx_mtp_backend.engine import Engine, EngineStatus
+from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.models import LoadedModel
+from mlx_mtp_backend.process.parent import EngineProcess
 from mlx_mtp_backend.stream import Stream
 from mlx_mtp_backend.text import ModelText
 
 __all__ = [
+    "BaseEngine",
     "CheckpointReport",
     "Delta",
     "Engine",
     "EngineError",
     "EngineOptions",
+    "EngineProcess",
     "EngineStatus",
     "ErrorReason",
     "Event",

@@ -22,9 +22,8 @@ from mlx_mtp_backend.device import memory_bytes
 from mlx_mtp_backend.drafters import Drafter, HeadDrafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Driver, Model
-from mlx_mtp_backend.models import LoadedModel
+from mlx_mtp_backend.models import ENOUGH, LoadedModel, WiringReport
 from mlx_mtp_backend.text import ModelText, load_text
-from mlx_mtp_backend.wiring import WiringReport
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def _check_wiring(
 
 def first_guess(report: WiringReport | None, rule: Rule) -> float:
     """Of a first draft's chance to be kept: less than usual where the check kept fewer."""
-    if report is None or report.positions < wiring.ENOUGH:
+    if report is None or report.positions < ENOUGH:
         return FIRST_GUESS
     return min(FIRST_GUESS, report.rules[rule])
 

@@ -4,16 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mtp_kernels.choice import Choice
 
 from mlx_mtp_backend.api import Replay, Rule
 from mlx_mtp_backend.checkpoint import CheckpointReport
 from mlx_mtp_backend.text import ModelText
 
-if TYPE_CHECKING:
-    from mtp_kernels.registry import Choice
+ENOUGH = 16  # positions that a wiring check must be told something by
 
-    from mlx_mtp_backend.wiring import WiringReport
+
+@dataclass(frozen=True, slots=True)
+class WiringReport:
+    """The check's result.
+
+    Attributes:
+        positions: how many positions told something.
+        acceptance: share of positions where the head's choice is the trunk's next choice.
+        control: the same with the target one position off.
+        alternatives: acceptance of each known mistake, by name.
+        better: the alternative that beats the present wiring, if one does by more than noise.
+        rules: share of drafts each rule would keep at temperature 0.6, top-p 0.95.
+        healthy: whether the head earns trust: enough acceptance, clearly above the control.
+    """
+
+    positions: int
+    acceptance: float
+    control: float
+    alternatives: dict[str, float]
+    better: str | None
+    rules: dict[Rule, float]
+    healthy: bool
+
+    @property
+    def warning(self) -> str | None:
+        """What somebody should look into; None where nothing is amiss."""
+        return self.summary() if not self.healthy or self.better else None
+
+    def summary(self) -> str:
+        if self.positions < ENOUGH:
+            return f"head untested: only {self.positions} positions of the text tell anything"
+        verdict = "looks right" if self.healthy else "looks wrong"
+        advice = f"; {self.better} does better ({self.alternatives[self.better]:.2f})" if self.better else ""
+        return f"head {verdict}: acceptance {self.acceptance:.2f}, control {self.control:.2f}{advice}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

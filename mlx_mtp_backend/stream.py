@@ -33,14 +33,26 @@ class Stream:
 
     def read(self) -> list[Event]:
         """Every event that waits, oldest first; empty if none does. Never blocks."""
+        events = self.take()
+        if tokens := sum(len(event.tokens) for event in events if isinstance(event, Delta)):
+            self.release(tokens)
+        return events
+
+    def take(self) -> list[Event]:
+        """As `read`, for who passes the events on: their tokens count as unread until they are released."""
         with self._changed:
             events = list(self._events)
-            was_full = self._unread_tokens >= self._capacity
             self._events.clear()
-            self._unread_tokens = 0
-        if was_full:
-            self._wake()
         return events
+
+    def release(self, tokens: int) -> None:
+        """So many of the tokens taken have been read."""
+        with self._changed:
+            was_full = self._unread_tokens >= self._capacity
+            self._unread_tokens -= tokens
+            wakes = was_full and self._unread_tokens < self._capacity
+        if wakes:
+            self._wake()
 
     def __iter__(self) -> Iterator[Event]:
         """Block for each event; ends after Finished."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import (
@@ -24,10 +24,7 @@ from mlx_mtp_backend.api import (
 )
 from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.models import LoadedModel
-
-if TYPE_CHECKING:  # it would import MLX, and a BLAS must be interposed before that
-    from mlx_mtp_backend.wiring import WiringReport
+from mlx_mtp_backend.models import LoadedModel, WiringReport
 
 DEPTHS = (0, 1, 2, 3, 4)
 SAMPLING = Sampling(temperature=0.6, top_p=0.95)

@@ -8,7 +8,6 @@ can only be chance; positions where the trunk chooses the same token twice tell 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -16,6 +15,7 @@ from mlx_mtp_backend import acceptance, cache, noise, sampling
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.host import ints, number
+from mlx_mtp_backend.models import ENOUGH, WiringReport
 
 # Half prose, half code, as heads accept far more of the second.
 TEXT = '''\
@@ -38,44 +38,8 @@ MAX_TOKENS = 192
 HEALTHY = 0.25
 MARGIN = 2.0
 BETTER = 0.02
-ENOUGH = 16
 _ROWS_AT_ONCE = 64
 _TYPICAL = Sampling(temperature=0.6, top_p=0.95)
-
-
-@dataclass(frozen=True, slots=True)
-class WiringReport:
-    """The check's result.
-
-    Attributes:
-        positions: how many positions told something.
-        acceptance: share of positions where the head's choice is the trunk's next choice.
-        control: the same with the target one position off.
-        alternatives: acceptance of each known mistake, by name.
-        better: the alternative that beats the present wiring, if one does by more than noise.
-        rules: share of drafts each rule would keep at temperature 0.6, top-p 0.95.
-        healthy: whether the head earns trust: enough acceptance, clearly above the control.
-    """
-
-    positions: int
-    acceptance: float
-    control: float
-    alternatives: dict[str, float]
-    better: str | None
-    rules: dict[Rule, float]
-    healthy: bool
-
-    @property
-    def warning(self) -> str | None:
-        """What somebody should look into; None where nothing is amiss."""
-        return self.summary() if not self.healthy or self.better else None
-
-    def summary(self) -> str:
-        if self.positions < ENOUGH:
-            return f"head untested: only {self.positions} positions of the text tell anything"
-        verdict = "looks right" if self.healthy else "looks wrong"
-        advice = f"; {self.better} does better ({self.alternatives[self.better]:.2f})" if self.better else ""
-        return f"head {verdict}: acceptance {self.acceptance:.2f}, control {self.control:.2f}{advice}"
 
 
 def check(model: Model, tokens: list[int]) -> Generator[LoadProgress, None, WiringReport]:

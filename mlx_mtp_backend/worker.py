@@ -19,12 +19,11 @@ from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.host import DeviceFailure
 from mlx_mtp_backend.job import Job
 from mlx_mtp_backend.loading import Resident
-from mlx_mtp_backend.mailbox import Board, Close, Command, Inbox, Load, Submit, Unload
+from mlx_mtp_backend.mailbox import Board, Call, Close, Command, Inbox, Load, Submit, Unload
 from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
 from mlx_mtp_backend.rounds import Committed, Round
 from mlx_mtp_backend.sequence import Sequence
-from mlx_mtp_backend.threads import yield_to_others
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +59,6 @@ class Worker:
         if mx.default_device().type == mx.cpu:
             # On a CPU MLX compiles through g++ at run time: seconds of stall each time, for a few percent.
             mx.disable_compile()
-            if self._options.cpu_nice:
-                yield_to_others(self._options.cpu_nice)
         try:
             while not self._closing:
                 for command in self._inbox.take(self._patience()):
@@ -107,6 +104,8 @@ class Worker:
                 self._loads.append((command, self._loading(command)))
             case Unload():
                 self._unload(command)
+            case Call(what):
+                what()
             case Close():
                 self._closing = True
 
@@ -154,7 +153,7 @@ class Worker:
             detail = f"loading failed: {type(error).__name__}"
             self._refuse(command, EngineError(ErrorReason.DEVICE_FAILURE, detail))
         else:
-            _report(command, progress)
+            command.report(progress)
 
     def _publish(self, command: Load, resident: Resident) -> None:
         self._residents[command.name] = resident
@@ -322,15 +321,6 @@ class Worker:
             self._remember(resident)
         self._residents.clear()
         _release_memory()
-
-
-def _report(command: Load, progress: LoadProgress) -> None:
-    if command.on_progress is None:
-        return
-    try:
-        command.on_progress(progress)
-    except Exception:
-        log.exception("on_progress of loading %s raised", command.name)
 
 
 def _build_failure() -> EngineError:

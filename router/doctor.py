@@ -219,7 +219,7 @@ def _mlx_backend(area: str, name: str, backend: MlxSettings, engine: dict[str, A
     if engine.get("platform") == "cpu" and not backend.allow_cpu:
         advice = f"backends.{name}.allow_cpu = true, where slow is good enough"
         return Finding(area, State.NOTE, "not used: there is neither Metal nor CUDA", advice)
-    return Finding(area, State.OK, f"in this process, on {engine.get('platform', 'nothing')}")
+    return Finding(area, State.OK, f"in a process of its own, on {engine.get('platform', 'nothing')}")
 
 
 def _models(catalog: Catalog, settings: Settings, pulled: Path) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .choice import FALLBACK, Choice
 from .launch import platform
 from .store import write_json
 from .tuning import Tuning
@@ -25,7 +26,6 @@ from .tuning import Tuning
 log = logging.getLogger(__name__)
 
 CHECK_ROWS = 8
-FALLBACK = "fallback"
 TUNING_FILE = "kernel-tuning.json"
 _TOLERANCE = {mx.bfloat16: 1e-2, mx.float16: 2e-3}
 
@@ -64,31 +64,6 @@ class Case:
     def implementation(self, choice: Choice) -> Run:
         """What to call under a choice made for this case."""
         return self.fallback if choice.fell_back else self.launches[choice.implementation]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs for one case.
-
-    Attributes:
-        implementation: a platform, or `fallback`.
-        reason: why.
-        error: relative error against the reference (norm of the difference over norm); None when not measured.
-        rows_equal: whether rows of one pass had the bits of one row at a time; None when not measured.
-    """
-
-    kernel: str
-    version: str
-    shape: str
-    implementation: str
-    reason: str
-    error: float | None = None
-    rows_equal: bool | None = None
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether MLX's own operations run instead of the kernel."""
-        return self.implementation == FALLBACK
 
 
 class Registry:

@@ -77,8 +77,8 @@ class EngineOptions:
         depth_memory: JSON file that keeps what rounds cost and how drafts fared, by model and numerics fingerprint;
             None measures after every load.
         prefix_cache_bytes: memory for prompts that were seen before; None: an eighth of the machine's, at most 4 GiB.
-        cpu_nice: by how much MLX's own threads yield to others where it computes on a Linux CPU; by that system's
-            measure from 0, not at all, to 19.
+        cpu_nice: by how much an engine in a process of its own yields to others where MLX computes on the CPU: steps
+            of nice(2), from 0, not at all, to 19.
     """
 
     device: str | None = None

@@ -1,21 +1,19 @@
-"""The MLX backend: checkpoints on the engine in this process."""
+"""The MLX backend: checkpoints on the engine, which runs in a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Callable
 from importlib.metadata import version
 
-from mlx_mtp_backend import EngineError, EngineOptions, GenerateParams
-from mlx_mtp_backend.device import accelerator
-from mlx_mtp_backend.engine import Engine
+from mlx_mtp_backend import EngineError, EngineProcess, GenerateParams
 from mlx_mtp_backend.text import ModelText
 from router.backends.mlx_answer import Answer, Prompt, generate_params, router_error, template_message
-from router.backends.mlx_format import prepare
+from router.backends.mlx_engine import FIRST_RESTART, EngineKeeper, Factory
+from router.backends.mlx_format import read_vocabulary, response_format
 from router.backends.mlx_models import Resident, Residents
-from router.backends.mlx_wake import Waker, share_interpreter
+from router.backends.mlx_wake import Waker
 from router.backends.patience import Patience, TimeIsUpError
 from router.backends.thinking import ThinkSplitter
 from router.catalog import ModelEntry
@@ -47,11 +45,7 @@ from router.facts import THINKING_SWITCH
 from router.lifecycle import Lifecycle, Seat
 from router.line import Ticket
 from router.scheduler import Phase
-from router.settings import MlxSettings, data_home
-
-logger = logging.getLogger(__name__)
-
-FIRST_RESTART, LAST_RESTART = 1.0, 60.0  # seconds until an engine that has failed is started again
+from router.settings import MlxSettings
 
 
 class MlxBackend:
@@ -61,6 +55,7 @@ class MlxBackend:
         name: as in the settings.
         settings: `[backends.NAME]`.
         lifecycle: has models loaded and dropped; shared with the other backends.
+        engine: makes the engine.
     """
 
     kind = BackendKind.MLX
@@ -82,98 +77,37 @@ class MlxBackend:
         }
     )
 
-    def __init__(self, name: str, settings: MlxSettings, lifecycle: Lifecycle | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: MlxSettings,
+        lifecycle: Lifecycle | None = None,
+        engine: Factory = EngineProcess,
+    ) -> None:
         self.name = name
         self._settings = settings
         self.parallel = settings.parallel
         self._lifecycle = lifecycle or Lifecycle()
-        self._engine: Engine | None = None
-        self._offer = Offer(self.kind, "the engine has not started")
+        self._keeper = EngineKeeper(name, settings, engine, self._lost, self._tell)
         self._models = Residents(settings)
         self._listeners: list[Callable[[BackendStatus], None]] = []
         self._waker: Waker | None = None
-        self._closed = False
-        self._restarts = 0
-        self._failures = 0  # ends of the engine since an answer was given
-        self._restarting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the engine's thread, where this machine should use it."""
-        if not await self._start_engine():
-            return
-        self._offer = self._assess(await asyncio.to_thread(accelerator))
-        if self._offer.refusal:
-            await self.close()
-
-    async def _start_engine(self) -> bool:
-        prefixes = self._settings.prefix_cache_mib
-        options = EngineOptions(
-            interpose_blas=self._settings.openblas,
-            max_streams=self._settings.parallel,
-            max_waiting=self._settings.parallel,  # the line stands in front of the engine, in order of priority
-            slow_reader_limit=self._settings.slow_reader_limit,
-            kernel_checks=data_home() / "kernel-checks.json",
-            depth_memory=data_home() / "depth-memory.json",
-            prefix_cache_bytes=None if prefixes is None else prefixes << 20,
-            cpu_nice=self._settings.cpu_nice,
-        )
-        loop = asyncio.get_running_loop()
-        self._waker = Waker(loop)
-        share_interpreter()
-
-        def ended() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                loop.call_soon_threadsafe(self._engine_ended)
-
-        try:
-            self._engine = await asyncio.to_thread(Engine, options, ended)
-        except EngineError as error:
-            logger.error("the MLX engine did not start: %s", error)
-            self._offer = Offer(self.kind, "the MLX engine did not start; see the server's log")
-            return False
-        return True
-
-    def _assess(self, device: str | None) -> Offer:
-        if device is not None:
-            return Offer(self.kind, remark=f"on {device}")
-        if self._settings.allow_cpu:
-            return Offer(self.kind, remark="on the CPU, where it is slow, because the settings allow that")
-        return Offer(self.kind, f"MLX has neither Metal nor CUDA here, and backends.{self.name}.allow_cpu is not set")
+        """Starts the engine's process, where this machine should use it."""
+        self._waker = Waker(asyncio.get_running_loop())
+        await self._keeper.start()
 
     async def close(self) -> None:
-        """Ends every stream and the engine's thread."""
-        self._closed = True
-        if self._restarting is not None:
-            self._restarting.cancel()
-            await asyncio.gather(self._restarting, return_exceptions=True)
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
+        """Ends every stream and the engine's process."""
+        await self._keeper.close()
 
-    def _engine_ended(self) -> None:
-        """The engine's thread is gone: health says so, nothing is routed here, and another is started in a while."""
-        if self._closed or self._restarting is not None:
-            return
-        self._restarting = asyncio.create_task(self._restart(self._offer), name="restart the MLX engine")
-        self._engine = None
-        self._offer = Offer(self.kind, "the MLX engine has failed and is being restarted", failed=True)
+    def _lost(self) -> None:
+        """The engine has ended by itself, and everything loaded with it."""
         names = self._models.names
         self._models.forget()
         for name in names:
             self._lifecycle.lost(self._key(name))
-        self._tell()
-
-    async def _restart(self, offer: Offer) -> None:
-        """Starts an engine anew, more slowly each time that it failed without an answer."""
-        self._failures += 1
-        delay = min(FIRST_RESTART * 2.0 ** min(self._failures - 1, 10), LAST_RESTART)
-        logger.critical("the MLX engine's thread has ended; it starts again in %g s", delay)
-        await asyncio.sleep(delay)
-        if await self._start_engine():
-            self._restarts += 1
-            self._offer = offer
-        self._restarting = None
-        self._tell()
 
     def _tell(self) -> None:
         for listener in self._listeners:
@@ -181,11 +115,11 @@ class MlxBackend:
 
     def offer(self) -> Offer:
         """Refuses on a machine without a fast device, unless the settings allow the CPU."""
-        return self._offer
+        return self._keeper.offer
 
     def status(self) -> BackendStatus:
         """DOWN where the engine did not start, should not be used here, or has failed."""
-        refusal = self._offer.refusal
+        refusal = self._keeper.offer.refusal
         counts = [self._lifecycle.counts(self._key(name)) for name in self._models.names]
         return BackendStatus(
             self.name,
@@ -197,8 +131,8 @@ class MlxBackend:
             queued_requests=sum(waiting for _, waiting in counts),
             loaded_models=self._models.loaded,
             suspect_heads=self._models.suspect_heads,
-            restarts=self._restarts,
-            retry_after=FIRST_RESTART if self._restarting is not None else None,
+            restarts=self._keeper.restarts,
+            retry_after=FIRST_RESTART if self._keeper.restarting else None,
         )
 
     def on_status_change(self, listener: Callable[[BackendStatus], None]) -> None:
@@ -246,7 +180,7 @@ class MlxBackend:
 
     async def preload(self, model: ModelEntry) -> AsyncGenerator[Loading, None]:
         """Loads the model, slice by slice."""
-        self._running()
+        self._keeper.running()
         async with contextlib.aclosing(self._lifecycle.preload(self._seat(model))) as steps:
             async for step in steps:
                 yield step
@@ -266,13 +200,13 @@ class MlxBackend:
 
         async def load() -> None:
             try:
-                await self._models.load(self._running(), model)
+                await self._models.load(self._keeper.running(), model)
             except RouterError as error:
                 raise self._told(error, model, started=False) from None
 
         async def unload() -> None:
-            if self._engine is not None:
-                await self._models.unload(self._engine, model)
+            if (running := self._keeper.engine) is not None:
+                await self._models.unload(running, model)
 
         terms = self._lifecycle.terms(model, self._settings.parallel, self._settings.max_queued, self.name)
         return Seat(self._key(model.name), terms, load, unload, lambda: known.fraction)
@@ -280,7 +214,7 @@ class MlxBackend:
     async def _answer(
         self, model: ModelEntry, request: GenerationRequest, ticket: Ticket, deadline: float | None
     ) -> AsyncGenerator[Event, None]:
-        self._running()
+        self._keeper.running()
         async with contextlib.aclosing(self._lifecycle.wait(ticket, deadline)) as steps:
             async for step in steps:
                 yield step
@@ -291,10 +225,9 @@ class MlxBackend:
         context = _fitting_context(model, known, len(prompt.tokens))
         async with asyncio.timeout_at(deadline):
             text = await self._models.text(model)
-            wanted = None
-            if request.response_format is not None or request.top_logprobs is not None:
-                # In a thread: a format is compiled here, so that `submit` finds it at once.
-                wanted = await asyncio.to_thread(prepare, text, request, prompt.splitter, model.name)
+            if request.top_logprobs is not None:
+                await asyncio.to_thread(read_vocabulary, text, model.name)
+        wanted = response_format(text, request, prompt.splitter, model.name)
         time_left = None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 1e-3)
         params = generate_params(request, model.name, prompt, context, time_left, wanted)
         context_cut = params.max_tokens < request.stop.max_output_tokens
@@ -307,9 +240,9 @@ class MlxBackend:
         """One stream of the engine, from its submission to its last event; leaving cancels it."""
         ready, waker = asyncio.Event(), self._waker or Waker(asyncio.get_running_loop())
         try:
-            stream = self._running().submit(params, lambda: waker.wake(ready))
+            stream = self._keeper.running().submit(params, lambda: waker.wake(ready))
         except EngineError as error:
-            raise router_error(error, params.model) from None
+            raise answer.failure(error) from None
         known.streams.add(stream)
         # The engine itself ends a stream whose time is up.
         patience = Patience(self._settings.first_token_timeout, self._settings.token_timeout, None, "the MLX engine")
@@ -326,8 +259,12 @@ class MlxBackend:
                             yield Started(prompt_tokens=len(params.prompt))
                         yield translated
                         if isinstance(translated, Finished):
-                            self._failures = 0
+                            self._keeper.answered()
                             return
+        except RouterError as error:
+            if error.reason is ErrorReason.BACKEND_STALLED:
+                self._keeper.suspect()
+            raise
         finally:
             stream.cancel()
             known.streams.discard(stream)
@@ -357,16 +294,9 @@ class MlxBackend:
 
     def _told(self, error: RouterError, model: ModelEntry, started: bool) -> RouterError:
         """The error as the caller gets it: an engine that has ended by itself is no shutdown."""
-        if error.reason is ErrorReason.DRAINING and not self._closed:
+        if error.reason is ErrorReason.DRAINING and not self._keeper.closed:
             return _engine_failed(model.name, started)
         return error
-
-    def _running(self) -> Engine:
-        if self._engine is None:
-            raise RouterError(
-                ErrorReason.BACKEND_UNAVAILABLE, "the MLX engine is not running", retry_after=FIRST_RESTART
-            )
-        return self._engine
 
     def _require_head(self, model: ModelEntry, known: Resident, request: GenerationRequest) -> None:
         asked = request.speculation is SpeculationMode.REQUIRED or request.draft_depth is not None

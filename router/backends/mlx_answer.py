@@ -106,7 +106,7 @@ def generate_params(
         model: the name that it was loaded under.
         prompt: fewer tokens than `context_length`.
         time_left: seconds of the time budget that remain.
-        wanted: the response format, see `mlx_format.prepare`.
+        wanted: the response format, see `mlx_format.response_format`.
 
     Raises:
         RouterError: INVALID_REQUEST for parameters that cannot go together.
@@ -187,7 +187,7 @@ class Answer:
 
     def _end(self, event: engine.Finished) -> list[Event]:
         if event.reason is engine.FinishReason.ERROR and event.error is not None:
-            raise router_error(event.error, self._request.model)
+            raise self.failure(event.error)
         if event.reason is engine.FinishReason.SLOW_READER:
             raise RouterError(ErrorReason.SLOW_CONSUMER, "the stream was read too slowly, and its buffer ran over")
         if event.reason is engine.FinishReason.CANCELLED:
@@ -195,6 +195,14 @@ class Answer:
         text, thinking = ("", "") if self._splitter is None else self._splitter.end()
         last: list[Event] = [self._piece(text, thinking)] if text or thinking or self._untold else []
         return [*last, self._finished(event)]
+
+    def failure(self, error: engine.EngineError) -> RouterError:
+        """The error as the caller is told of it."""
+        wanted = self._request.response_format
+        refused = error.reason is engine.ErrorReason.INVALID_PARAMS and error.field == "response_format"
+        if wanted is not None and refused:  # the engine says why in words of its own
+            return invalid(f"response_format.{wanted.kind.value}", error.detail)
+        return router_error(error, self._request.model)
 
     def _piece(self, text: str, thinking: str) -> Delta:
         count, self._untold = self._untold, 0

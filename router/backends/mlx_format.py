@@ -1,10 +1,10 @@
-"""Response formats on their way to the MLX engine: what they bind, and what takes time before a request can start."""
+"""Response formats on their way to the MLX engine: what they bind; and what takes time before a request can start."""
 
 from __future__ import annotations
 
 import mlx_mtp_backend as engine
 from mlx_mtp_backend.text import ModelText
-from router.backends.mlx_answer import invalid, router_error
+from router.backends.mlx_answer import router_error
 from router.backends.thinking import CLOSE, ThinkSplitter
 from router.domain import Capability, ErrorReason, FormatKind, GenerationRequest, ReasoningMode, RouterError
 
@@ -16,36 +16,30 @@ KINDS = {
 }
 
 
-def prepare(
+def response_format(
     text: ModelText, request: GenerationRequest, splitter: ThinkSplitter | None, model: str
 ) -> engine.ResponseFormat | None:
-    """The request's response format as the engine takes it, compiled; and tokens' bytes ready to be told.
-
-    May take a second: call it off the event loop.
+    """The request's response format as the engine takes it, which compiles it.
 
     Args:
         splitter: knows whether the prompt makes the model start in thought.
 
     Raises:
-        RouterError: INVALID_REQUEST for a format that cannot be followed; CAPABILITY_UNAVAILABLE where it cannot be
-            told from the thought before it.
+        RouterError: CAPABILITY_UNAVAILABLE where the answer cannot be told from the thought before it.
     """
-    try:
-        if request.top_logprobs is not None:
-            text.token_bytes(0)
-    except engine.EngineError as error:
-        raise router_error(error, model) from None
     if request.response_format is None:
         return None
     kind = request.response_format.kind
     rule = '{"type": "object"}' if kind is FormatKind.JSON_OBJECT else request.response_format.rule
-    wanted = engine.ResponseFormat(KINDS[kind], rule, after=_thought_end(text, request, splitter, model))
+    return engine.ResponseFormat(KINDS[kind], rule, after=_thought_end(text, request, splitter, model))
+
+
+def read_vocabulary(text: ModelText, model: str) -> None:
+    """Makes tokens' bytes ready to be told. May take a second: call it off the event loop. Raises RouterError."""
     try:
-        text.compile(wanted)
+        text.token_bytes(0)
     except engine.EngineError as error:
-        # The engine says why in words of its own.
-        raise invalid(f"response_format.{kind.value}", error.detail) from None
-    return wanted
+        raise router_error(error, model) from None
 
 
 def _thought_end(text: ModelText, request: GenerationRequest, splitter: ThinkSplitter | None, model: str) -> int | None:

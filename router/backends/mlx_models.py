@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
-from mlx_mtp_backend import EngineError, LoadOptions, LoadProgress, Rule, WiringPolicy
+from mlx_mtp_backend import BaseEngine, EngineError, LoadOptions, LoadProgress, Rule, WiringPolicy
 from mlx_mtp_backend import ErrorReason as EngineReason
-from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream
 from mlx_mtp_backend.text import ModelText, load_text
@@ -81,7 +80,7 @@ class Residents:
         """The engine is gone, and its models with it."""
         self._residents.clear()
 
-    async def load(self, engine: Engine, model: ModelEntry) -> None:
+    async def load(self, engine: BaseEngine, model: ModelEntry) -> None:
         """Loads the model. Raises RouterError MODEL_LOAD_FAILED."""
         known = self.resident(model)
 
@@ -107,7 +106,7 @@ class Residents:
         finally:
             known.fraction = None
 
-    async def unload(self, engine: Engine, model: ModelEntry) -> None:
+    async def unload(self, engine: BaseEngine, model: ModelEntry) -> None:
         """Cancels the model's streams, or its load, until the engine has let go of it."""
         known = self.resident(model)
         while True:

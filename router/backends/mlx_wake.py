@@ -1,19 +1,9 @@
-"""How the engine's thread reaches the event loop: little, and so that neither waits for the other."""
+"""How the thread that reads from the engine reaches the event loop: little, and without waiting for it."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
-
-# Seconds after which a thread that computes in Python gives the interpreter to one that waits for it. At CPython's 5 ms
-# the loop is up to that late whenever the engine's thread builds a graph.
-SWITCH_INTERVAL = 1e-4
-
-
-def share_interpreter() -> None:
-    """Makes the threads of this process take turns more often. Never makes it rarer."""
-    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
 
 
 class Waker:

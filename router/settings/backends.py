@@ -39,13 +39,16 @@ class LlamaCppSettings(Table):
 
 
 class MlxSettings(Table):
-    """`[backends.NAME]` with kind "mlx": the engine in this process. One at most."""
+    """`[backends.NAME]` with kind "mlx": the engine, in a process of its own. One at most."""
 
     kind: Literal["mlx"] = "mlx"
     allow_cpu: bool = Field(False, description="serve on a machine with neither Metal nor CUDA, where it is slow")
     openblas: bool = Field(False, description="fast fp32 matmuls on a Linux CPU; replays are then best effort")
     cpu_nice: int = Field(
-        10, ge=0, le=19, description="how much decoding on a Linux CPU yields to serving; 0: they compete as equals"
+        10,
+        ge=0,
+        le=19,
+        description="how much decoding on a CPU yields to serving, steps of nice(2); 0: they compete as equals",
     )
     parallel: int = Field(8, ge=1, le=256, description="requests that decode together")
     max_queued: int = Field(256, ge=0, le=100_000, description="requests that may wait")

@@ -13,6 +13,7 @@ from mlx_mtp_backend.api import LoadOptions, Norm
 from mlx_mtp_backend.checkpoint_files import find_tensors
 from mlx_mtp_backend.families import layouts, qwen3_5, qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.models import WiringReport
 from mlx_mtp_backend.synthetic import Recipe, write
 from mlx_mtp_backend.text import load_text
 from tests.conformance import decode
@@ -169,7 +170,7 @@ def chain(tmp_path_factory):
     return write(tmp_path_factory.mktemp("chain"), Recipe(kind="pass-through", acceptance=0.9, layers=2))
 
 
-def wired(path: Path) -> wiring.WiringReport:
+def wired(path: Path) -> WiringReport:
     """The check that runs at load: acceptance alone, no equations."""
     return decode.result(wiring.check(decode.load(path), load_text(path).encode(wiring.TEXT)))
 

@@ -9,7 +9,7 @@ from support.machine import Machine, flat, h100, linear, open_blas, reference_bl
 from mlx_mtp_backend import loading
 from mlx_mtp_backend.api import Rule
 from mlx_mtp_backend.depth import Acceptance, DepthController, Drafted
-from mlx_mtp_backend.wiring import WiringReport
+from mlx_mtp_backend.models import WiringReport
 
 # What a pass costs, a step of the head, and a row that the head has missed.
 MACHINES = {

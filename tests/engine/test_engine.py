@@ -8,16 +8,20 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import psutil
 import pytest
+from support.engines import reason_of, tokens_of, until
 
 from mlx_mtp_backend import (
     Delta,
     Engine,
     EngineError,
     EngineOptions,
+    EngineProcess,
     ErrorReason,
     Finished,
     FinishReason,
@@ -36,9 +40,28 @@ QUIET = LoadOptions(depth=3, wiring=WiringPolicy.OFF, prefill_chunk=16)
 PROMPT = tuple(range(3, 43))
 
 
+@pytest.fixture(scope="module", params=[Engine, EngineProcess], ids=["thread", "process"])
+def kind(request: pytest.FixtureRequest):
+    """Everything that shows from outside holds for both."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(history: Path, pass_through: Path):
-    with Engine(EngineOptions(device="cpu", max_streams=4, max_waiting=2000, stream_buffer=64)) as engine:
+def engine(kind, history: Path, pass_through: Path):
+    with serving(kind, history, pass_through) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def near(history: Path, pass_through: Path):
+    """An engine on a thread of this process, into which faults can be planted."""
+    with serving(Engine, history, pass_through) as engine:
+        yield engine
+
+
+@contextmanager
+def serving(kind, history: Path, pass_through: Path):
+    with kind(EngineOptions(device="cpu", max_streams=4, max_waiting=2000, stream_buffer=64)) as engine:
         for name, path in (("history", history), ("chain", pass_through)):
             engine.load(name, path, QUIET).result(timeout=60)
         yield engine
@@ -47,10 +70,6 @@ def engine(history: Path, pass_through: Path):
 def ask(model: str = "history", **changes) -> GenerateParams:
     defaults = {"prompt": PROMPT, "max_tokens": 24, "sampling": Sampling(0.8), "seed": 5, "ignore_eos": True}
     return GenerateParams(model, **defaults | changes)
-
-
-def tokens_of(events) -> tuple[int, ...]:
-    return tuple(token for event in events if isinstance(event, Delta) for token in event.tokens)
 
 
 def text_of(events) -> str:
@@ -69,19 +88,6 @@ def idle(engine: Engine) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def until(holds, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def reason_of(call) -> ErrorReason:
-    with pytest.raises(EngineError) as caught:
-        call()
-    return caught.value.reason
 
 
 def test_a_reply_is_started_deltas_finished(engine):
@@ -162,9 +168,9 @@ def test_text_held_for_a_stop_that_does_not_come_is_shown(engine):
     assert text_of(reply(engine, ask("chain", stop_strings=(whole[-5:] + "never",)))) == whole
 
 
-def test_the_context_is_a_limit(history, tmp_path):
+def test_the_context_is_a_limit(kind, tmp_path):
     path = write(tmp_path, Recipe(context=64))
-    with Engine(EngineOptions(device="cpu")) as engine:
+    with kind(EngineOptions(device="cpu")) as engine:
         engine.load("short", path, QUIET).result(timeout=60)
         for depth in (0, 3):
             events = reply(engine, ask("short", max_tokens=100, depth=depth))
@@ -183,9 +189,9 @@ def test_a_time_limit_leaves_a_prefix(engine):
     assert cut == whole[: len(cut)]
 
 
-def test_a_slow_reader_pauses_then_is_cut_with_a_prefix(history):
+def test_a_slow_reader_pauses_then_is_cut_with_a_prefix(kind, history):
     options = EngineOptions(device="cpu", stream_buffer=8, slow_reader_limit=1.0)
-    with Engine(options) as engine:
+    with kind(options) as engine:
         engine.load("history", history, QUIET).result(timeout=60)
         whole = tokens_of(reply(engine, ask(max_tokens=60)))
         assert len(whole) == 60
@@ -213,11 +219,16 @@ def test_a_cancelled_stream_ends(engine, delay):
     assert stream.read() == []
 
 
+def memory_of(engine) -> int:
+    """Bytes of its arrays, or of its process."""
+    return mx.get_active_memory() if isinstance(engine, Engine) else psutil.Process(engine.pid).memory_info().rss
+
+
 def test_a_thousand_cancels_leave_nothing(engine):
     assert idle(engine)
     reply(engine, ask())
     gc.collect()
-    threads, memory = threading.active_count(), mx.get_active_memory()
+    threads, memory = threading.active_count(), memory_of(engine)
     streams = []
     for i in range(1000):
         stream = engine.submit(ask(max_tokens=500, seed=i))
@@ -231,11 +242,11 @@ def test_a_thousand_cancels_leave_nothing(engine):
     reply(engine, ask())
     gc.collect()
     assert threading.active_count() == threads
-    assert mx.get_active_memory() <= memory + 1_000_000
+    assert memory_of(engine) <= memory + (1_000_000 if isinstance(engine, Engine) else 20_000_000)
 
 
-def test_a_full_queue_refuses(history):
-    with Engine(EngineOptions(device="cpu", max_streams=1, max_waiting=2)) as engine:
+def test_a_full_queue_refuses(kind, history):
+    with kind(EngineOptions(device="cpu", max_streams=1, max_waiting=2)) as engine:
         engine.load("history", history, QUIET).result(timeout=60)
         streams = [engine.submit(ask(max_tokens=2000)) for _ in range(3)]
         assert reason_of(lambda: engine.submit(ask())) is ErrorReason.QUEUE_FULL
@@ -274,8 +285,8 @@ def test_an_unknown_model_is_refused(engine):
     assert reason_of(lambda: engine.load("history", Path("x"))) is ErrorReason.INVALID_PARAMS
 
 
-def test_a_model_in_use_is_not_unloaded(history):
-    with Engine(EngineOptions(device="cpu")) as engine:
+def test_a_model_in_use_is_not_unloaded(kind, history):
+    with kind(EngineOptions(device="cpu")) as engine:
         engine.load("a", history, QUIET).result(timeout=60)
         stream = engine.submit(ask("a", max_tokens=2000))
         assert reason_of(lambda: engine.unload("a").result(timeout=10)) is ErrorReason.MODEL_IN_USE
@@ -286,9 +297,9 @@ def test_a_model_in_use_is_not_unloaded(history):
         assert reason_of(lambda: engine.submit(ask("a"))) is ErrorReason.MODEL_NOT_LOADED
 
 
-def test_a_checkpoint_without_a_head_decodes_plainly(tmp_path):
+def test_a_checkpoint_without_a_head_decodes_plainly(kind, tmp_path):
     path = write(tmp_path, Recipe(head="none"))
-    with Engine(EngineOptions(device="cpu")) as engine:
+    with kind(EngineOptions(device="cpu")) as engine:
         info = engine.load("plain", path).result(timeout=60)
         assert (info.has_head, info.depth, info.wiring) == (False, 0, None)
         events = reply(engine, ask("plain"))
@@ -330,9 +341,9 @@ def test_streams_go_on_while_a_model_loads(engine, pass_through):
     assert sum(count > 0 for count in seen) >= len(seen) // 2
 
 
-def test_a_round_that_cannot_be_built_changes_nothing(engine, monkeypatch):
+def test_a_round_that_cannot_be_built_changes_nothing(near, monkeypatch):
     """The head raises half way through a round's graph: the same tokens come out, without its drafts."""
-    expected = tokens_of(reply(engine, ask()))
+    expected = tokens_of(reply(near, ask()))
     real, calls = Qwen35.head, []
 
     def head(self, tokens, carried, segments):
@@ -343,14 +354,14 @@ def test_a_round_that_cannot_be_built_changes_nothing(engine, monkeypatch):
         return hidden
 
     monkeypatch.setattr(Qwen35, "head", head)
-    events = reply(engine, ask())
+    events = reply(near, ask())
     assert len(calls) > 8
     assert tokens_of(events) == expected
     assert events[-1].reason is FinishReason.MAX_TOKENS
 
 
-def test_a_sequence_that_cannot_go_on_ends_alone(engine, monkeypatch):
-    healthy = engine.submit(ask("chain", max_tokens=60))
+def test_a_sequence_that_cannot_go_on_ends_alone(near, monkeypatch):
+    healthy = near.submit(ask("chain", max_tokens=60))
     real = Qwen35.trunk
 
     def trunk(self, tokens, segments):
@@ -359,7 +370,7 @@ def test_a_sequence_that_cannot_go_on_ends_alone(engine, monkeypatch):
         return real(self, tokens, segments)
 
     monkeypatch.setattr(Qwen35, "trunk", trunk)
-    finished = reply(engine, ask())[-1]
+    finished = reply(near, ask())[-1]
     assert (finished.reason, finished.error.reason) == (FinishReason.ERROR, ErrorReason.BUILD_FAILURE)
     assert list(healthy)[-1].reason is FinishReason.MAX_TOKENS
 
@@ -373,9 +384,9 @@ def unreadable(folder: Path) -> mx.array:
     return array
 
 
-def test_a_failed_evaluation_ends_its_pass_only(engine, monkeypatch, tmp_path):
-    expected = tokens_of(reply(engine, ask("chain", max_tokens=60)))
-    other = engine.submit(ask("chain", max_tokens=60))
+def test_a_failed_evaluation_ends_its_pass_only(near, monkeypatch, tmp_path):
+    expected = tokens_of(reply(near, ask("chain", max_tokens=60)))
+    other = near.submit(ask("chain", max_tokens=60))
     real, passes = Qwen35.logits, []
 
     def logits(self, normed):
@@ -386,13 +397,13 @@ def test_a_failed_evaluation_ends_its_pass_only(engine, monkeypatch, tmp_path):
         return out + mx.sum(unreadable(tmp_path)) if len(passes) == 5 else out
 
     monkeypatch.setattr(Qwen35, "logits", logits)
-    finished = reply(engine, ask(depth=0))[-1]
+    finished = reply(near, ask(depth=0))[-1]
     assert (finished.reason, finished.error.reason) == (FinishReason.ERROR, ErrorReason.DEVICE_FAILURE)
     assert tokens_of(list(other)) == expected
-    assert reply(engine, ask())[-1].reason is FinishReason.MAX_TOKENS
+    assert reply(near, ask())[-1].reason is FinishReason.MAX_TOKENS
 
 
-def test_logits_that_are_not_finite_end_the_request(engine, monkeypatch):
+def test_logits_that_are_not_finite_end_the_request(near, monkeypatch):
     real, passes = Qwen35.logits, []
 
     def logits(self, normed):
@@ -401,12 +412,12 @@ def test_logits_that_are_not_finite_end_the_request(engine, monkeypatch):
         return out.at[..., 5].add(mx.nan) if len(passes) == 4 else out
 
     monkeypatch.setattr(Qwen35, "logits", logits)
-    finished = reply(engine, ask(depth=0))[-1]
+    finished = reply(near, ask(depth=0))[-1]
     assert (finished.reason, finished.error.reason) == (FinishReason.ERROR, ErrorReason.NON_FINITE_LOGITS)
 
 
-def test_closing_ends_every_stream_and_refuses_more(history):
-    engine = Engine(EngineOptions(device="cpu", max_streams=1))
+def test_closing_ends_every_stream_and_refuses_more(kind, history):
+    engine = kind(EngineOptions(device="cpu", max_streams=1))
     engine.load("history", history, QUIET).result(timeout=60)
     streams = [engine.submit(ask(max_tokens=3000)) for _ in range(3)]
     engine.close()
@@ -461,12 +472,12 @@ def test_importing_the_package_does_not_import_mlx():
 
 
 @pytest.mark.parametrize("close", ["engine.close()", "pass"])
-def test_the_process_exits_cleanly(history, close):
+def test_the_process_exits_cleanly(kind, history, close):
     """Also when nobody closed the engine: the thread is a daemon, and MLX's streams end with it."""
     done = run_python(f"""
         from pathlib import Path
         from mlx_mtp_backend import *
-        engine = Engine(EngineOptions(device="cpu"))
+        engine = {kind.__name__}(EngineOptions(device="cpu"))
         engine.load("m", Path({str(history)!r}), LoadOptions(wiring=WiringPolicy.OFF)).result()
         print(len(list(engine.submit(GenerateParams("m", (1, 2, 3), max_tokens=5, seed=1)))) > 2)
         {close}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mtp_kernels.registry import Case, Choice, Registry, Run, Selection
+from mtp_kernels.choice import Choice
+from mtp_kernels.registry import Case, Registry, Run, Selection
 
 from mlx_mtp_backend.api import LoadOptions, Sampling
 from mlx_mtp_backend.drafters import HeadDrafter

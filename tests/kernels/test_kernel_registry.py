@@ -10,7 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mtp_kernels import registry as module
-from mtp_kernels.registry import CHECK_ROWS, FALLBACK, Case, Registry, Run
+from mtp_kernels.choice import FALLBACK
+from mtp_kernels.registry import CHECK_ROWS, Case, Registry, Run
 from mtp_kernels.store import write_json
 
 INPUT = mx.random.normal((CHECK_ROWS, 16), key=mx.random.key(0)).astype(mx.float16)

@@ -12,18 +12,24 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import pytest_asyncio
 from mtp_router.generate import v1
 
+from mlx_mtp_backend import Engine, EngineProcess
+from mlx_mtp_backend.process.spawn import MODULE
 from mlx_mtp_backend.synthetic import Recipe, write
 from mlx_mtp_backend.worker import Worker
 from router.backends.mlx import MlxBackend
+from router.backends.mlx_engine import Factory
 from router.catalog import read_catalog
 from router.client import AsyncClient, RouterCallError
 from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
 
 CONTEXT = 256
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +41,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
+    """Of a router whose engine runs in a process of its own, one for all tests here."""
+    async with serving(checkpoints, EngineProcess) as connected:
+        yield connected
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def near(checkpoints: Path) -> AsyncIterator[AsyncClient]:
+    """Of a router with the engine on a thread of this process, into which faults can be planted."""
+    async with serving(checkpoints, Engine, cpu_nice=0) as connected:
+        yield connected
+
+
+@contextlib.asynccontextmanager
+async def serving(checkpoints: Path, engine: Factory, **changes: Any) -> AsyncIterator[AsyncClient]:
     models = {
         "words": ModelSettings(path=checkpoints / "words", draft_depth=3),
         "paced": ModelSettings(path=checkpoints / "random"),
@@ -44,7 +64,8 @@ async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
         "plain": ModelSettings(path=checkpoints / "random", speculation="off"),
         "headless": ModelSettings(path=checkpoints / "headless"),
     }
-    backend = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, max_queued=2, prefill_chunk=16))
+    settings = MlxSettings(allow_cpu=True, parallel=2, max_queued=2, prefill_chunk=16, **changes)
+    backend = MlxBackend("mlx", settings, engine=engine)
     catalog = await read_catalog(Settings(models=models), checkpoints / "none")
     server = RouterServer(ServerSettings(listen="127.0.0.1:0", drain_grace=0.0), catalog, {"mlx": backend})
     await server.start()
@@ -248,6 +269,7 @@ async def test_a_full_line_turns_away(client: AsyncClient) -> None:
 
 
 async def test_loading_and_unloading(client: AsyncClient) -> None:
+    await client.unload("random", force=True)
     assert (await client.get_model("random")).state == 1  # COLD
     steps: list[float | None] = []
     await client.preload("random", on_progress=steps.append)
@@ -279,52 +301,52 @@ async def test_an_abandoned_unload_harms_nothing(client: AsyncClient) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_an_engine_that_dies_is_told(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    await text_of(client, "random")
+async def test_an_engine_that_dies_is_told(near: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    await text_of(near, "random")
 
     def broken(self: object) -> None:
         raise RuntimeError("planted")
 
     monkeypatch.setattr("mlx_mtp_backend.worker.Worker._reap", broken)
     with pytest.raises(RouterCallError):
-        await text_of(client, "random")
+        await text_of(near, "random")
     async with asyncio.timeout(5):
-        while (await client.list_backends())[0].state != v1.BACKEND_STATE_DOWN:
+        while (await near.list_backends())[0].state != v1.BACKEND_STATE_DOWN:
             await asyncio.sleep(0.02)
     with pytest.raises(RouterCallError) as caught:
-        await text_of(client, "random")
+        await text_of(near, "random")
     assert caught.value.reason == "BACKEND_UNAVAILABLE"
-    assert (await client.get_model("random")).state == v1.MODEL_STATE_FAILED
+    assert (await near.get_model("random")).state == v1.MODEL_STATE_FAILED
     monkeypatch.undo()  # health, and the next request, come back by themselves
     async with asyncio.timeout(20):
-        while (await client.list_backends())[0].state != v1.BACKEND_STATE_READY:
+        while (await near.list_backends())[0].state != v1.BACKEND_STATE_READY:
             await asyncio.sleep(0.02)
-    await text_of(client, "random")
-    assert (await client.list_backends())[0].restarts >= 1
+    await text_of(near, "random")
+    assert (await near.list_backends())[0].restarts >= 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("step", ["_load_slice", "_prefill"])
 async def test_an_engine_that_dies_before_the_first_token_is_no_shutdown(
-    client: AsyncClient, monkeypatch: pytest.MonkeyPatch, step: str
+    near: AsyncClient, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     if step != "_load_slice":
-        await text_of(client, "random")
+        await text_of(near, "random")
 
     def broken(*_: object) -> None:
         raise RuntimeError("planted")
 
     monkeypatch.setattr(Worker, step, broken)
     with pytest.raises(RouterCallError) as caught:
-        await text_of(client, "random")
+        await text_of(near, "random")
     assert caught.value.reason == "BACKEND_UNAVAILABLE"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_an_engine_that_dies_in_mid_answer_breaks_the_answer_off(
-    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+    near: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = client.stream("random", prompt="x", max_output_tokens=240, ignore_end_of_generation=True)
+    answer = near.stream("random", prompt="x", max_output_tokens=240, ignore_end_of_generation=True)
     deltas = aiter(answer)
     await anext(deltas)
 
@@ -338,7 +360,7 @@ async def test_an_engine_that_dies_in_mid_answer_breaks_the_answer_off(
     assert caught.value.reason == "BACKEND_FAILED"
 
 
-async def test_a_load_that_nobody_waits_for_is_given_up(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_load_that_nobody_waits_for_is_given_up(near: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     held = threading.Event()
     slice_of = Worker._load_slice
 
@@ -347,28 +369,27 @@ async def test_a_load_that_nobody_waits_for_is_given_up(client: AsyncClient, mon
         held.wait(0.05)
 
     monkeypatch.setattr(Worker, "_load_slice", slow)
-    answer = client.stream("random", prompt="x")
+    answer = near.stream("random", prompt="x")
     reading = asyncio.ensure_future(anext(aiter(answer), None))
     async with asyncio.timeout(10):
-        while (await client.get_model("random")).state != v1.MODEL_STATE_LOADING:
+        while (await near.get_model("random")).state != v1.MODEL_STATE_LOADING:
             await asyncio.sleep(0.005)
         answer.close()
-        while (await client.get_model("random")).state != v1.MODEL_STATE_COLD:
+        while (await near.get_model("random")).state != v1.MODEL_STATE_COLD:
             await asyncio.sleep(0.005)
     await asyncio.gather(reading, return_exceptions=True)
-    assert not (await client.list_backends())[0].loaded_models
+    assert not (await near.list_backends())[0].loaded_models
     held.set()
-    await text_of(client, "random")
+    await text_of(near, "random")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
 async def test_decoding_on_the_cpu_yields_to_serving(client: AsyncClient) -> None:
     await text_of(client, "random")
-    nice = {int(thread): os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}
-    (engine,) = (thread for thread in threading.enumerate() if thread.name == "mlx-engine")
-    mine = nice[threading.get_native_id()]
-    assert nice[engine.native_id] == mine  # it holds the interpreter's lock
-    assert sum(value == min(mine + MlxSettings().cpu_nice, 19) for value in nice.values()) >= 1
+    children = [child for child in psutil.Process().children() if MODULE in child.cmdline()]
+    assert [child.nice() for child in children] == [min(os.nice(0) + MlxSettings().cpu_nice, 19)]
+    if sys.platform == "linux":  # each thread has a priority of its own
+        threads = [int(thread) for thread in os.listdir(f"/proc/{children[0].pid}/task")]
+        assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {children[0].nice()}
 
 
 async def test_a_cpu_is_refused_unless_allowed(checkpoints: Path) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from mtp_router.generate import v1
 
-from mlx_mtp_backend import grammar
 from mlx_mtp_backend.synthetic import Recipe, write
 from mlx_mtp_backend.synthetic_text import CHAT_TEMPLATE
 from router.backends.mlx import MlxBackend
@@ -24,6 +22,7 @@ from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
 
 END = 2
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "s": {"enum": ["ab", "cd"]}},
@@ -43,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(checkpoints: Path) -> AsyncIterator[AsyncClient]:
     models = {name: ModelSettings(path=checkpoints / name, draft_depth=2) for name in ("random", "thinker")}
     backend = MlxBackend("mlx", MlxSettings(allow_cpu=True, parallel=2, prefill_chunk=16, wiring_check="off"))
@@ -194,20 +193,3 @@ async def test_what_the_lane_does_not_do_is_refused(client: AsyncClient) -> None
     ):
         refused = await refusal(client, **options)
         assert (refused.reason, refused.metadata["field"]) == ("FIELD_NOT_IMPLEMENTED", field)
-
-
-async def test_compiling_does_not_hold_up_others(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another request is answered while a format waits for its compiler."""
-    compiling, go_on, real = threading.Event(), threading.Event(), grammar._compiled
-
-    def slow(*args: Any) -> Any:
-        compiling.set()
-        assert go_on.wait(30)
-        return real(*args)
-
-    monkeypatch.setattr(grammar, "_compiled", slow)
-    waiting = asyncio.ensure_future(ask(client, regex="yes|no"))
-    assert await asyncio.to_thread(compiling.wait, 30)
-    await ask(client)
-    go_on.set()
-    assert (await waiting).text in ("yes", "no")
