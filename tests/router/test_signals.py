@@ -14,7 +14,23 @@ from support.slow_load import SLOW_SLICE
 
 from mlx_mtp_backend.synthetic import Recipe, write
 
-SERVE = SLOW_SLICE + "from router.cli import main\nsys.exit(main())\n"
+ENGINE = (
+    SLOW_SLICE
+    + """
+import logging
+from mlx_mtp_backend.process import child
+def print(text, **_):  # all that the server tells of the process is its log
+    logging.getLogger("mlx_mtp_backend").warning(text)
+child.main()
+"""
+)
+SERVE = """
+import sys
+from mlx_mtp_backend.process import spawn
+from router.cli import main
+spawn.MODULE = "planted_engine"
+sys.exit(main())
+"""
 SETTINGS = """
 [server]
 listen = "127.0.0.1:0"
@@ -30,13 +46,13 @@ preload = true
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, second: signal.Signals) -> None:
     write(tmp_path / "model", Recipe(kind="pass-through", layers=2))
     (tmp_path / "settings.toml").write_text(SETTINGS)
+    (tmp_path / "planted_engine.py").write_text(ENGINE)
     command = [sys.executable, "-c", SERVE, "serve", "--config", str(tmp_path / "settings.toml")]
-    environment = {**os.environ, "MTP_ROUTER_HOME": str(tmp_path / "home")}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "MTP_ROUTER_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path)}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as server:
-        assert server.stdout is not None
         assert server.stderr is not None
-        assert any("in the middle of a slice" in line for line in server.stdout)
+        assert any("in the middle of a slice" in line for line in server.stderr)
         server.send_signal(signal.SIGINT)
         assert any("load is given up" in line for line in server.stderr)  # it drains
         begin = time.monotonic()
