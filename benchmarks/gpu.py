@@ -12,7 +12,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,9 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-# MLX sends work to the GPU in graphs of bounded size; weights this large would cut them every few kernels. Read once.
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "60")
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
+
+from mlx_mtp_backend.device import prepare_mlx  # noqa: E402
+
+prepare_mlx()
 
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import statistics
 import sys
@@ -22,9 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-# As the engine sets them on CUDA; MLX reads them once.
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "60")
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
+
+from mlx_mtp_backend.device import prepare_mlx  # noqa: E402
+
+prepare_mlx()
 
 import mlx.core as mx  # noqa: E402
 from mtp_kernels.registry import Registry  # noqa: E402

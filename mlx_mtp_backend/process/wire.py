@@ -26,6 +26,13 @@ _HEAD = struct.Struct("!IB")  # the body's length, and the kind of message
 _CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True, ser_json_inf_nan="constants")
 
 
+class _Message:
+    """How pydantic reads and writes every message."""
+
+    __slots__ = ()
+    __pydantic_config__ = _CONFIG
+
+
 class WireError(Exception):
     """What came, or was to go, is no message. The text quotes nothing of it."""
 
@@ -47,118 +54,104 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Start(_Message):
     """The first message: how to run, and the level from which log records are wanted."""
 
     options: EngineOptions
     log_level: int
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class LoadModel:
+class LoadModel(_Message):
     """Load; `number` is the answer's."""
 
     number: int
     name: str
     path: Path
     options: LoadOptions
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadModel:
+class UnloadModel(_Message):
     """Unload, or give a load up."""
 
     number: int
     name: str
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(_Message):
     """A request. `submitted` is of time.monotonic(), a clock that all processes of a machine share."""
 
     stream: int
     params: GenerateParams
     submitted: float
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(_Message):
     """The reader has left."""
 
     stream: int
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Room(_Message):
     """So many tokens have been read."""
 
     stream: int
     tokens: int
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(_Message):
     """Answer at once or, with `step`, from the MLX thread between two steps."""
 
     step: bool
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Quit:
+class Quit(_Message):
     """Close the engine and end."""
 
-    __pydantic_config__ = _CONFIG
-
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(_Message):
     """The engine runs; see BaseEngine.device."""
 
     device: str | None
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(_Message):
     """A slice of a load is done."""
 
     number: int
     progress: LoadProgress
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(_Message):
     """A model serves. Its text does not cross: where it has one, the parent reads it anew."""
 
     number: int
     model: LoadedModel
     has_text: bool
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Unloaded:
+class Unloaded(_Message):
     """A model is gone."""
 
     number: int
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(_Message):
     """A load, an unload or, with number 0, the start came to nothing."""
 
     number: int
     failure: Failure
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,29 +167,26 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class Events(_Message):
     """What several streams have to tell."""
 
     batches: tuple[Batch, ...]
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(_Message):
     """The answer to a ping."""
 
     step: bool
-    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class Log(_Message):
     """A log record, its text complete."""
 
     name: str
     level: int
     text: str
-    __pydantic_config__ = _CONFIG
 
 
 ToChild = Start | LoadModel | UnloadModel | Generate | Cancel | Room | Ping | Quit
