@@ -1,16 +1,16 @@
 """Many streams through the whole router, and what it adds to them: `make load`.
 
 The server runs in a process of its own, with a scripted backend that sends deltas at a steady rate, each with the time
-at which it was made. The clients read them over loopback and compare: the monotonic clock is one for all processes. Two
-figures: a delta's way, from when the backend made it until the client has it, for every delta once all streams run; and
-the first token, from the call until it is there, for the streams themselves, which begin over five seconds, and for
-short requests that come at a steady rate while all streams run.
+at which it was made. The client reads them over loopback, as frames (see `benchmarks.frames`), and compares: the
+monotonic clock is one for all processes. Two figures: a delta's way, from when the backend made it until the client has
+it, for every delta once all streams run; and the first token, from the call until it is there, for the streams
+themselves, which begin over five seconds, and for short requests that come at a steady rate while all streams run.
 
 Added is what the router adds to gRPC alone: the difference of the 99th percentiles between two measurements of one run,
-the second through a server of the same streams that has no router. Client, gRPC, loopback and a busy machine are in
-both; the absolute figures are printed too. It is measured with idle cores, and with the MLX engine decoding two streams
-beside; gRPC alone then has an engine beside it, too. `--thread` also measures the engine on a thread of the router, for
-comparison.
+the second through a server of the same streams that has no router. gRPC on the same event loop, the client, loopback
+and a busy machine are in both; the absolute figures are printed too. It is measured with idle cores, and with the MLX
+engine decoding two streams beside; gRPC alone then has an engine beside it, too. `--thread` also measures the engine on
+a thread of the router, for comparison.
 """
 
 from __future__ import annotations
@@ -31,14 +31,26 @@ from typing import Any
 import grpc
 from mtp_router.generate import v1
 
+from benchmarks.frames import Connection, connect
 from router.client import AsyncClient
+from router.event_loop import EventLoop
 
 STREAM = "/mtp_router.generate.v1.GenerateService/StreamGenerate"
 RAMP = 5.0  # seconds over which the streams begin
 SHARES = (0.5, 0.9, 0.99, 0.999)
-CHANNELS = 8  # connections that the streams share
+CONNECTIONS = 8  # that the streams share
 SHORT = 20.0  # short requests a second
 MADE = re.compile(rb"@(\d+) ")  # when a delta was made, in nanoseconds; a message may hold several, merged
+PREFIX = 5  # bytes of gRPC's before a message
+FINISHED = v1.StreamGenerateResponse(finished=v1.GenerationFinished()).SerializeToString()[:1]  # the field's number
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and how many deltas its answer has."""
+
+    request: bytes
+    deltas: int
 
 
 @dataclass
@@ -71,44 +83,49 @@ class Stand:
         return dict(json.loads(told.splitlines()[-1]))
 
 
-async def one_stream(method: Any, request: bytes, seen: Seen, settled: float) -> None:
-    """Reads one answer as raw messages: decoding them in Python would be measured along with the router."""
-    began, first = time.monotonic(), True
-    call = method(request, timeout=600)
+async def one_stream(connection: Connection, answer: Asked, seen: Seen, settled: float) -> None:
+    """Reads one answer. Deltas made after `settled` count, and every first one."""
+    began, left, finished = time.monotonic(), answer.deltas, False
+
+    def heard(data: bytes) -> None:
+        nonlocal left, finished
+        now = time.monotonic_ns()
+        seen.messages += 1
+        finished = data.startswith(FINISHED, PREFIX)
+        made = MADE.findall(data)
+        if made and left == answer.deltas:
+            seen.first.append(now / 1e9 - began)
+        elif made and now / 1e9 > settled:
+            seen.late += [(now - int(digits)) / 1e9 for digits in made]
+        left -= len(made)
+
     try:
-        async for message in call:
-            now = time.monotonic_ns()
-            seen.messages += 1
-            made = MADE.findall(message)
-            if made and first:
-                first = False
-                seen.first.append(now / 1e9 - began)
-            elif made and now / 1e9 > settled:
-                seen.late += [(now - int(digits)) / 1e9 for digits in made]
-    except grpc.aio.AioRpcError as error:
-        seen.failures.append(f"{error.code().name} {error.details()}")
+        await connection.call(STREAM, answer.request, heard)
+    except ConnectionError as error:
+        seen.failures.append(str(error))
+        return
+    if left or not finished:
+        seen.failures.append(f"{left} of {answer.deltas} deltas did not come, nor the end")
 
 
-def scripted(rate: float, count: int) -> bytes:
+def scripted(rate: float, count: int) -> Asked:
+    """A request for so many deltas."""
     request = v1.StreamGenerateRequest(input=v1.GenerationInput(model="scripted"))
     request.input.text = f"{rate} {count}"
-    return request.SerializeToString()
+    return Asked(request.SerializeToString(), count)
 
 
 async def all_streams(address: str, streams: int, rate: float, seconds: float) -> Seen:
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    channels = [grpc.aio.insecure_channel(address, options) for _ in range(CHANNELS)]
-    await asyncio.gather(*(channel.channel_ready() for channel in channels))
-    methods = [channel.unary_stream(STREAM) for channel in channels]
+    connections = [await connect(address) for _ in range(CONNECTIONS)]
     seen, tasks, began = Seen(), [], time.monotonic()
     plan = [(number * RAMP / streams, scripted(rate, int(rate * seconds))) for number in range(streams)]
     plan += [(RAMP + number / SHORT, scripted(rate, 1)) for number in range(int(SHORT * (seconds - RAMP)))]
-    for number, (due, request) in enumerate(plan):
+    for number, (due, answer) in enumerate(plan):
         await asyncio.sleep(began + due - time.monotonic())
-        tasks.append(asyncio.create_task(one_stream(methods[number % CHANNELS], request, seen, began + RAMP)))
+        tasks.append(asyncio.create_task(one_stream(connections[number % CONNECTIONS], answer, seen, began + RAMP)))
     await asyncio.gather(*tasks)
-    for channel in channels:
-        await channel.close()
+    for connection in connections:
+        connection.close()
     return seen
 
 
@@ -169,7 +186,8 @@ class Shares:
 def report(title: str, arguments: argparse.Namespace, *options: str, beside: bool = False) -> Shares:
     """Prints one measurement."""
     began = time.monotonic()
-    seen, told, tokens = asyncio.run(measure(arguments, list(options), beside))
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        seen, told, tokens = runner.run(measure(arguments, list(options), beside))
     seconds = time.monotonic() - began
     print(f"\n{title}")
     print(f"  messages              {seen.messages}, {len(seen.failures)} failures {seen.failures[:2] or ''}")

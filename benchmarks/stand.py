@@ -25,6 +25,7 @@ from mtp_router.generate import v1
 
 from mlx_mtp_backend import Engine, EngineProcess
 from mlx_mtp_backend.synthetic import Recipe, write
+from router import event_loop
 from router.backends.mlx import MlxBackend
 from router.catalog import Catalog, ModelEntry, read_catalog
 from router.domain import (
@@ -215,7 +216,7 @@ def main() -> None:
     os.environ.setdefault("MTP_ROUTER_HOME", tempfile.gettempdir())
     if arguments.switch_interval:
         sys.setswitchinterval(arguments.switch_interval)
-    asyncio.run(serve(arguments))
+    event_loop.run(serve(arguments))
 
 
 if __name__ == "__main__":

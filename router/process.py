@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from router import event_loop
 from router.catalog import Catalog, read_catalog, warn_of
 from router.domain import RouterError
 from router.lifecycle import Lifecycle
@@ -122,7 +123,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request to a child
     try:
-        asyncio.run(run(settings, load, announce_json=announce_json, lifeline=lifeline))
+        event_loop.run(run(settings, load, announce_json=announce_json, lifeline=lifeline))
     except ListenError as error:
         print(f"mtp-router: {error}", file=sys.stderr)
         return 1
