@@ -3,8 +3,8 @@
 The server runs in a process of its own, with a scripted backend that sends deltas at a steady rate, each with the time
 at which it was made. The client reads them over loopback, as frames (see `benchmarks.frames`), and compares: the
 monotonic clock is one for all processes. Two figures: a delta's way, from when the backend made it until the client has
-it, for every delta once all streams run; and the first token, from the call until it is there, for the streams
-themselves, which begin over five seconds, and for short requests that come at a steady rate while all streams run.
+it, for every delta once all streams run; and the first token, from the call until it is there, for the streams, which
+begin in the first five seconds, and for short requests that come at a steady rate while all streams run.
 
 Added is what the router adds to gRPC alone: the difference of the 99th percentiles between two measurements of one run,
 the second through a server of the same streams that has no router. gRPC on the same event loop, the client, loopback
@@ -21,6 +21,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -118,7 +119,10 @@ def scripted(rate: float, count: int) -> Asked:
 async def all_streams(address: str, streams: int, rate: float, seconds: float) -> Seen:
     connections = [await connect(address) for _ in range(CONNECTIONS)]
     seen, tasks, began = Seen(), [], time.monotonic()
-    plan = [(number * RAMP / streams, scripted(rate, int(rate * seconds))) for number in range(streams)]
+    # At random: streams that began at even intervals would all send at the same few moments of a period.
+    rng = random.Random(0)
+    starts = sorted(rng.uniform(0, RAMP) for _ in range(streams))
+    plan = [(start, scripted(rate, int(rate * seconds))) for start in starts]
     plan += [(RAMP + number / SHORT, scripted(rate, 1)) for number in range(int(SHORT * (seconds - RAMP)))]
     for number, (due, answer) in enumerate(plan):
         await asyncio.sleep(began + due - time.monotonic())
