@@ -53,7 +53,7 @@ def alone(path: Path, acceptance: float, options: argparse.Namespace) -> list[Ro
     import mlx.core as mx
     import mlx_lm.utils
 
-    from mlx_mtp_backend.drafters import HeadDrafter
+    from mlx_mtp_backend.decode.drafters import HeadDrafter
 
     model = load(path)
     stock, _ = mlx_lm.utils.load_model(path)
@@ -95,8 +95,8 @@ def load(path: Path) -> Any:
 
 def _decode(model: Any, drafter: Any, depth: int, seed: int, tokens: int) -> Row:
     """Decode one sequence; prefill is not timed."""
-    from mlx_mtp_backend import rounds, sequence
     from mlx_mtp_backend.api import Rule, Sampling
+    from mlx_mtp_backend.decode import rounds, sequence
 
     one = sequence.start(
         model, PROMPT, sampling=Sampling(0.6, top_k=20, top_p=0.95), seed=seed, rule=Rule.COUPLING, depth=depth,
@@ -136,7 +136,7 @@ def _timed(work: Callable[[], None]) -> float:
 def child(options: argparse.Namespace) -> None:
     """Measure in this process and print JSON, a line a row."""
     if options.child == "openblas":
-        from mlx_mtp_backend import blas
+        from mlx_mtp_backend.load import blas
 
         blas.interpose()
     import mlx.core as mx

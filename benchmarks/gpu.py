@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from mlx_mtp_backend.device import prepare_mlx  # noqa: E402
+from mlx_mtp_backend.load.device import prepare_mlx  # noqa: E402
 
 prepare_mlx()
 

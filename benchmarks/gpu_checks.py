@@ -97,7 +97,7 @@ def cases() -> list[Callable[[], Case]]:
                 return matmul_case([matrix(n, 1280, b, g, d) for n in (520, 40)], d, norm=True)
 
             made.append(normed)
-        # The first has the sizes of 35B-A3B's experts, the fourth takes all there are, as many as a row may; the last has
+        # The first has the sizes of 35B-A3B's experts, the fourth takes all there are, as many as may; the last has
         # more of them than lanes, and a share left over.
         made.append(lambda d=dtype: experts((64, 8, 2048, 512, 512), d))
         made.append(lambda d=dtype: experts((24, 3, 512, 256, 512), d, (4, 32), (8, 64)))

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from mlx_mtp_backend.device import prepare_mlx  # noqa: E402
+from mlx_mtp_backend.load.device import prepare_mlx  # noqa: E402
 
 prepare_mlx()
 
@@ -31,13 +31,13 @@ from mtp_kernels.registry import Registry  # noqa: E402
 
 from benchmarks.gpu_models import SHAPES, build, sharpen  # noqa: E402
 from benchmarks.imposed import Decks  # noqa: E402
-from mlx_mtp_backend import rounds, sequence  # noqa: E402
 from mlx_mtp_backend.api import Rule, Sampling  # noqa: E402
-from mlx_mtp_backend.calibration import calibrate  # noqa: E402
-from mlx_mtp_backend.depth import DepthController  # noqa: E402
-from mlx_mtp_backend.drafters import Draft, Drafter, HeadDrafter  # noqa: E402
+from mlx_mtp_backend.decode import rounds, sequence  # noqa: E402
+from mlx_mtp_backend.decode.depth import DepthController  # noqa: E402
+from mlx_mtp_backend.decode.drafters import Draft, Drafter, HeadDrafter  # noqa: E402
+from mlx_mtp_backend.decode.pacing import paced_round  # noqa: E402
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused  # noqa: E402
-from mlx_mtp_backend.pacing import paced_round  # noqa: E402
+from mlx_mtp_backend.load.calibration import calibrate  # noqa: E402
 
 CONTEXT = 512
 ACCEPTANCE = (0.85, 0.72, 0.61, 0.52, 0.44)  # of draft i and all before it

@@ -28,11 +28,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from mlx_mtp_backend import calibration, rounds, sequence
 from mlx_mtp_backend.api import Rule, Sampling
-from mlx_mtp_backend.depth import DepthController
-from mlx_mtp_backend.drafters import HeadDrafter
-from mlx_mtp_backend.pacing import paced_round
+from mlx_mtp_backend.decode import rounds, sequence
+from mlx_mtp_backend.decode.depth import DepthController
+from mlx_mtp_backend.decode.drafters import HeadDrafter
+from mlx_mtp_backend.decode.pacing import paced_round
+from mlx_mtp_backend.load import calibration
 
 STREAMS = (1, 2, 4, 8)
 SAMPLING = Sampling(0.6, top_k=20, top_p=0.95)

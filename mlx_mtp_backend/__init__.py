@@ -27,10 +27,10 @@ from mlx_mtp_backend.base import BaseEngine, EngineStatus
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPReport, MTPStatus, inspect_checkpoint
 from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.language.text import ModelText
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.process.parent import EngineProcess
 from mlx_mtp_backend.stream import Stream
-from mlx_mtp_backend.text import ModelText
 
 __all__ = [
     "BaseEngine",

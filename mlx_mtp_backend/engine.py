@@ -8,11 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import EngineOptions, GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.base import BaseEngine
-from mlx_mtp_backend.device import accelerator, prepare_mlx
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.load import blas
+from mlx_mtp_backend.load.device import accelerator, prepare_mlx
 from mlx_mtp_backend.mailbox import Call, Close, Inbox, Load, Submit, Unload, Wake, uncancellable
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream

@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from mlx_mtp_backend import sequence as sequences
 from mlx_mtp_backend.api import (
     Delta,
     Finished,
@@ -18,15 +17,16 @@ from mlx_mtp_backend.api import (
     Statistics,
     TokenLogprob,
 )
+from mlx_mtp_backend.decode import sequence as sequences
+from mlx_mtp_backend.decode.prefix import PrefixStore
+from mlx_mtp_backend.decode.processors import processors_of
+from mlx_mtp_backend.decode.rounds import Round
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.errors import EngineError
-from mlx_mtp_backend.grammar import Grammar
-from mlx_mtp_backend.loading import Resident
-from mlx_mtp_backend.prefix import PrefixStore
-from mlx_mtp_backend.processors import processors_of
-from mlx_mtp_backend.rounds import Round
-from mlx_mtp_backend.sequence import Sequence
+from mlx_mtp_backend.language.grammar import Grammar
+from mlx_mtp_backend.language.text import GrowingText, StopScanner
+from mlx_mtp_backend.load.loading import Resident
 from mlx_mtp_backend.stream import Stream
-from mlx_mtp_backend.text import GrowingText, StopScanner
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_mtp_backend.api import GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.grammar import Grammar
+from mlx_mtp_backend.language.grammar import Grammar
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream
 

@@ -9,7 +9,7 @@ from mtp_kernels.choice import Choice
 
 from mlx_mtp_backend.api import Replay, Rule
 from mlx_mtp_backend.checkpoint import CheckpointReport
-from mlx_mtp_backend.text import ModelText
+from mlx_mtp_backend.language.text import ModelText
 
 ENOUGH = 16  # positions that a wiring check must be told something by
 

@@ -11,19 +11,20 @@ from collections.abc import Generator
 import mlx.core as mx
 from mtp_kernels.registry import Registry
 
-from mlx_mtp_backend import loading, rounds
 from mlx_mtp_backend.api import EngineOptions, FinishReason, LoadProgress
-from mlx_mtp_backend.calibration import DepthMemory
-from mlx_mtp_backend.drafters import Draft, Drafter
+from mlx_mtp_backend.decode import rounds
+from mlx_mtp_backend.decode.drafters import Draft, Drafter
+from mlx_mtp_backend.decode.pacing import paced_round
+from mlx_mtp_backend.decode.prefix import PrefixStore, budget_bytes
+from mlx_mtp_backend.decode.rounds import Committed, Round
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.host import DeviceFailure
 from mlx_mtp_backend.job import Job
-from mlx_mtp_backend.loading import Resident
+from mlx_mtp_backend.load import loading
+from mlx_mtp_backend.load.calibration import DepthMemory
+from mlx_mtp_backend.load.loading import Resident
 from mlx_mtp_backend.mailbox import Board, Call, Close, Command, Inbox, Load, Submit, Unload
-from mlx_mtp_backend.pacing import paced_round
-from mlx_mtp_backend.prefix import PrefixStore, budget_bytes
-from mlx_mtp_backend.rounds import Committed, Round
-from mlx_mtp_backend.sequence import Sequence
 
 log = logging.getLogger(__name__)
 

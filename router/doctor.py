@@ -277,9 +277,9 @@ def _warnings(*loggers: str) -> Iterator[list[str]]:
 
 
 def probe_engine(*arguments: str) -> dict[str, Any]:
-    """What mlx_mtp_backend.probe says, or {"error": why it says nothing}."""
+    """What mlx_mtp_backend.load.probe says, or {"error": why it says nothing}."""
     try:
-        done = _run([sys.executable, "-m", "mlx_mtp_backend.probe", *arguments])
+        done = _run([sys.executable, "-m", "mlx_mtp_backend.load.probe", *arguments])
         facts: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_TIMEOUT:g} s"}

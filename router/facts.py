@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from mlx_mtp_backend import CheckpointReport, EngineError, MTPStatus, inspect_checkpoint
-from mlx_mtp_backend.untrusted import RefusedFileError, allowed_roots, read_untrusted
+from mlx_mtp_backend.checkpoint.untrusted import RefusedFileError, allowed_roots, read_untrusted
 from router.domain import Capability, CapabilityFact, HeadFacts, ModelFacts, ModelFormat
 from router.gguf import GgufError, read_gguf_header
 from router.gguf_header import GgufHeader

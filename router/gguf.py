@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from mlx_mtp_backend.untrusted import RefusedFileError, links_may_lead, open_untrusted
+from mlx_mtp_backend.checkpoint.untrusted import RefusedFileError, links_may_lead, open_untrusted
 from router.gguf_header import GgufHeader, GgufTensor, Value
 
 MAX_HEADER_BYTES = 64 * 2**20

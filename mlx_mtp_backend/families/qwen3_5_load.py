@@ -17,7 +17,7 @@ from mlx_lm.utils import infer_quant_config, load_model
 from mtp_kernels.registry import Registry
 
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Norm
-from mlx_mtp_backend.checkpoint_files import CheckpointFiles, find_tensors, read_config, text_config
+from mlx_mtp_backend.checkpoint.files import CheckpointFiles, find_tensors, read_config, text_config
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.families.layouts import head_name, qwen3_5_head, qwen3_5_moe_head

@@ -23,11 +23,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, BinaryIO
 
-from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import Delta, EngineOptions, Event, Finished, Started
-from mlx_mtp_backend.device import accelerator
 from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.load import blas
+from mlx_mtp_backend.load.device import accelerator
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.process import wire
 from mlx_mtp_backend.process.outbox import Outbox

@@ -19,6 +19,7 @@ from typing import cast
 from mlx_mtp_backend.api import EngineOptions, GenerateParams, LoadOptions, LoadProgress
 from mlx_mtp_backend.base import BaseEngine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.language.text import load_text
 from mlx_mtp_backend.mailbox import Load, Unload, uncancellable
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.process import wire
@@ -27,7 +28,6 @@ from mlx_mtp_backend.process.pulse import LOOK, Pulse
 from mlx_mtp_backend.process.remote import RemoteStream
 from mlx_mtp_backend.process.spawn import ChildProcess
 from mlx_mtp_backend.stream import Stream
-from mlx_mtp_backend.text import load_text
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from importlib.metadata import version
 
 from mlx_mtp_backend import EngineError, EngineProcess, GenerateParams
-from mlx_mtp_backend.text import ModelText
+from mlx_mtp_backend.language.text import ModelText
 from router.backends.mlx_answer import Answer, Prompt, generate_params, router_error, template_message
 from router.backends.mlx_engine import FIRST_RESTART, EngineKeeper, Factory
 from router.backends.mlx_format import read_vocabulary, response_format

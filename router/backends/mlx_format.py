@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mlx_mtp_backend as engine
-from mlx_mtp_backend.text import ModelText
+from mlx_mtp_backend.language.text import ModelText
 from router.backends.mlx_answer import router_error
 from router.backends.thinking import CLOSE, ThinkSplitter
 from router.domain import Capability, ErrorReason, FormatKind, GenerationRequest, ReasoningMode, RouterError

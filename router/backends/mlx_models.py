@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from mlx_mtp_backend import BaseEngine, EngineError, LoadOptions, LoadProgress, Rule, WiringPolicy
 from mlx_mtp_backend import ErrorReason as EngineReason
+from mlx_mtp_backend.language.text import ModelText, load_text
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.stream import Stream
-from mlx_mtp_backend.text import ModelText, load_text
 from router.backends.mlx_answer import router_error
 from router.catalog import ModelEntry
 from router.domain import Capability, ErrorReason, RouterError

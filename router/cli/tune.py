@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from mlx_mtp_backend import EngineError
-from mlx_mtp_backend.tuning import Tuned, TuningRefused, tune
+from mlx_mtp_backend.load.tuning import Tuned, TuningRefused, tune
 from router.cli.failures import FAILED, OK, UsageError, one_line
 from router.settings import data_home
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_mtp_backend import EngineError
-from mlx_mtp_backend.verification import Verification, verify
+from mlx_mtp_backend.decode.verification import Verification, verify
 from router.cli import INTERRUPTED
 from router.cli.failures import FAILED, OK, UsageError, one_line
 from router.settings import data_home

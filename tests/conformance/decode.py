@@ -12,15 +12,15 @@ import mlx.core as mx
 import numpy as np
 from mtp_kernels.registry import Registry
 
-from mlx_mtp_backend import rounds, sequence
 from mlx_mtp_backend.api import LoadOptions, Rule, Sampling
 from mlx_mtp_backend.cache import DeltaCache, KVCache, LayerCache
-from mlx_mtp_backend.drafters import Drafter, HeadDrafter, ScriptedDrafter
+from mlx_mtp_backend.decode import rounds, sequence
+from mlx_mtp_backend.decode.drafters import Drafter, HeadDrafter, ScriptedDrafter
+from mlx_mtp_backend.decode.processors import Processors
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Model
 from mlx_mtp_backend.families.qwen3_5_fused_cache import FusedKVCache
-from mlx_mtp_backend.processors import Processors
-from mlx_mtp_backend.sequence import Sequence
 
 CHUNK = 16
 

@@ -8,10 +8,10 @@ from statistics import NormalDist
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp_backend import acceptance, noise, sampling
-from mlx_mtp_backend.acceptance import draft_purpose
 from mlx_mtp_backend.api import Rule, Sampling
-from mlx_mtp_backend.sampling import Law
+from mlx_mtp_backend.decode import acceptance, noise, sampling
+from mlx_mtp_backend.decode.acceptance import draft_purpose
+from mlx_mtp_backend.decode.sampling import Law
 
 # Family-wise error of the whole Law suite, shared by every comparison in it; seeds are fixed, so a pass stays a pass.
 ALPHA = 1e-4

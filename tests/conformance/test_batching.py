@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp_backend import pacing, prefix, rounds, sequence
 from mlx_mtp_backend.api import Rule, Sampling
-from mlx_mtp_backend.depth import DepthController
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.decode import pacing, prefix, rounds, sequence
+from mlx_mtp_backend.decode.depth import DepthController
+from mlx_mtp_backend.decode.drafters import HeadDrafter
+from mlx_mtp_backend.decode.pacing import paced_round
+from mlx_mtp_backend.decode.prefix import PrefixStore
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.pacing import paced_round
-from mlx_mtp_backend.prefix import PrefixStore
-from mlx_mtp_backend.sequence import Sequence
-from mlx_mtp_backend.text import ModelText, load_text
+from mlx_mtp_backend.language.text import ModelText, load_text
 from tests.conformance import decode
 from tests.conformance.decode import CHUNK
 from tests.conformance.planting import planted

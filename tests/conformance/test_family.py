@@ -8,14 +8,15 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlx_mtp_backend import cache, wiring
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import LoadOptions, Norm
-from mlx_mtp_backend.checkpoint_files import find_tensors
+from mlx_mtp_backend.checkpoint.files import find_tensors
 from mlx_mtp_backend.families import layouts, qwen3_5, qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
+from mlx_mtp_backend.language.text import load_text
+from mlx_mtp_backend.load import wiring
 from mlx_mtp_backend.models import WiringReport
 from mlx_mtp_backend.synthetic import Recipe, write
-from mlx_mtp_backend.text import load_text
 from tests.conformance import decode
 from tests.conformance.head_equations import CONFUSIONS, Head
 from tests.conformance.planting import planted

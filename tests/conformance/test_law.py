@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp_backend import acceptance, noise, sampling
-from mlx_mtp_backend.acceptance import residual
 from mlx_mtp_backend.api import Rule, Sampling
-from mlx_mtp_backend.sampling import Law
+from mlx_mtp_backend.decode import acceptance, noise, sampling
+from mlx_mtp_backend.decode.acceptance import residual
+from mlx_mtp_backend.decode.sampling import Law
 from tests.conformance import laws
 from tests.conformance.planting import planted
 

@@ -6,13 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp_backend import acceptance, cache, noise, penalties, processors, rounds, sampling
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import FormatKind, GenerateParams, ResponseFormat, Rule, Sampling
-from mlx_mtp_backend.drafters import HeadDrafter, ScriptedDrafter
+from mlx_mtp_backend.decode import acceptance, noise, penalties, processors, rounds, sampling
+from mlx_mtp_backend.decode.drafters import HeadDrafter, ScriptedDrafter
+from mlx_mtp_backend.decode.processors import processors_of
 from mlx_mtp_backend.families.base import Segment
-from mlx_mtp_backend.processors import processors_of
+from mlx_mtp_backend.language.text import load_text
 from mlx_mtp_backend.synthetic import Recipe, write
-from mlx_mtp_backend.text import load_text
 from tests.conformance import decode, laws
 from tests.conformance.planting import planted
 

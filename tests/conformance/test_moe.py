@@ -8,15 +8,16 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from mlx_mtp_backend import cache, numerics, wiring
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import LoadOptions, Replay, Rule, Sampling
-from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.decode.depth import DepthController
 from mlx_mtp_backend.families import moe, qwen3_5_load
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.families.layouts import Spelling
 from mlx_mtp_backend.families.moe import moe_rows
+from mlx_mtp_backend.language.text import load_text
+from mlx_mtp_backend.load import numerics, wiring
 from mlx_mtp_backend.synthetic import Recipe, write
-from mlx_mtp_backend.text import load_text
 from tests.conformance import decode, laws, test_batching, test_family, test_law_end_to_end, test_replay, test_rollback
 from tests.conformance.head_equations import MOE_CONFUSIONS
 from tests.conformance.planting import planted

@@ -8,11 +8,12 @@ import mlx.core as mx
 import mlx_lm.utils
 import pytest
 
-from mlx_mtp_backend import EngineError, ErrorReason, cache, numerics
+from mlx_mtp_backend import EngineError, ErrorReason, cache
 from mlx_mtp_backend.api import Replay, Sampling
 from mlx_mtp_backend.checkpoint import Experts, MTPStatus, inspect_checkpoint
 from mlx_mtp_backend.families import qwen3_next
 from mlx_mtp_backend.families.base import Model, Segment
+from mlx_mtp_backend.load import numerics
 from mlx_mtp_backend.synthetic import Recipe
 from tests.conformance import decode, test_family, test_replay, test_rollback
 from tests.conformance.planting import planted

@@ -7,12 +7,13 @@ import itertools
 
 import pytest
 
-from mlx_mtp_backend import grammar, penalties, processors, rounds
 from mlx_mtp_backend.api import FormatKind, GenerateParams, ResponseFormat, Rule, Sampling
 from mlx_mtp_backend.cache import delta, kv
-from mlx_mtp_backend.drafters import HeadDrafter
-from mlx_mtp_backend.processors import processors_of
-from mlx_mtp_backend.text import load_text
+from mlx_mtp_backend.decode import penalties, processors, rounds
+from mlx_mtp_backend.decode.drafters import HeadDrafter
+from mlx_mtp_backend.decode.processors import processors_of
+from mlx_mtp_backend.language import grammar
+from mlx_mtp_backend.language.text import load_text
 from tests.conformance import decode
 from tests.conformance.planting import planted
 

@@ -6,10 +6,11 @@ On a model whose logits depend on all of history, bit for bit.
 import mlx.core as mx
 import pytest
 
-from mlx_mtp_backend import cache, rounds
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import Sampling
 from mlx_mtp_backend.cache import delta, kv
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.decode import rounds
+from mlx_mtp_backend.decode.drafters import HeadDrafter
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.host import evaluate
 from tests.conformance import decode

@@ -19,13 +19,13 @@ from mlx_mtp_backend import (
     Statistics,
     WiringPolicy,
     cache,
-    rounds,
 )
 from mlx_mtp_backend.api import Rule
-from mlx_mtp_backend.depth import DepthController
-from mlx_mtp_backend.drafters import CATCH_UP_ROWS, HeadDrafter
+from mlx_mtp_backend.decode import rounds
+from mlx_mtp_backend.decode.depth import DepthController
+from mlx_mtp_backend.decode.drafters import CATCH_UP_ROWS, HeadDrafter
+from mlx_mtp_backend.decode.pacing import paced_round
 from mlx_mtp_backend.families.base import Segment
-from mlx_mtp_backend.pacing import paced_round
 from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
 from tests.engine.test_engine import tokens_of

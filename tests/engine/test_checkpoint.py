@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp_backend import checkpoint_files, safetensors_header
-from mlx_mtp_backend.checkpoint import MTPStatus, inspect_checkpoint
+from mlx_mtp_backend.checkpoint import MTPStatus, inspect_checkpoint, safetensors_header
+from mlx_mtp_backend.checkpoint import files as checkpoint_files
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.synthetic import Recipe, write
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_mtp_backend.costs import Costs
+from mlx_mtp_backend.decode.costs import Costs
 
 
 def measured(**kinds: float) -> Costs:

@@ -6,9 +6,9 @@ import math
 import pytest
 from support.machine import Machine, flat, h100, linear, open_blas, reference_blas, sloped
 
-from mlx_mtp_backend import loading
 from mlx_mtp_backend.api import Rule
-from mlx_mtp_backend.depth import Acceptance, DepthController, Drafted
+from mlx_mtp_backend.decode.depth import Acceptance, DepthController, Drafted
+from mlx_mtp_backend.load import loading
 from mlx_mtp_backend.models import WiringReport
 
 # What a pass costs, a step of the head, and a row that the head has missed.

@@ -9,11 +9,11 @@ import pytest
 from mtp_kernels.sampler import reference
 
 from mlx_mtp_backend.api import GenerateParams, LoadOptions, Rule, Sampling
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.decode.drafters import HeadDrafter
+from mlx_mtp_backend.decode.processors import processors_of
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.loading import unseeded_rule
+from mlx_mtp_backend.load.loading import unseeded_rule
 from mlx_mtp_backend.models import WiringReport
-from mlx_mtp_backend.processors import processors_of
 from tests.conformance import decode
 
 PROMPTS = [tuple((41 * i + 7 * n) % 690 for i in range(n)) for n in (5, 17, 30)]

@@ -348,7 +348,7 @@ def test_a_rule_has_a_size(rule):
 
 
 def test_a_grammar_that_breaks_off_ends_its_own_stream_only(near, monkeypatch):
-    from mlx_mtp_backend import grammar
+    from mlx_mtp_backend.language import grammar
 
     monkeypatch.setattr(grammar, "_LIMITS", grammar.LLParserLimits(max_lexer_states=40, verbose_errors=False))
     letters = {"logit_bias": tuple((token, 30.0) for token in near.text.encode("ab"))}

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from mlx_mtp_backend import grammar, json_schema
 from mlx_mtp_backend.api import FormatKind, ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.text import ModelText, load_text
+from mlx_mtp_backend.language import grammar, json_schema
+from mlx_mtp_backend.language.text import ModelText, load_text
 
 END = 2
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from support.fuzz import fuzzed
 
 from mlx_mtp_backend import EngineError, ErrorReason, inspect_checkpoint
+from mlx_mtp_backend.checkpoint.safetensors_header import TensorInfo, read_header
 from mlx_mtp_backend.families.layouts import Spelling
-from mlx_mtp_backend.safetensors_header import TensorInfo, read_header
 from mlx_mtp_backend.synthetic import Recipe, write
 
 Report = TypeVar("Report")

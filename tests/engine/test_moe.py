@@ -21,7 +21,7 @@ from mlx_mtp_backend import (
 )
 from mlx_mtp_backend.api import Delta, Finished, Replay, Sampling
 from mlx_mtp_backend.checkpoint import Experts, MTPStatus, inspect_checkpoint
-from mlx_mtp_backend.checkpoint_files import INDEX
+from mlx_mtp_backend.checkpoint.files import INDEX
 from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.layouts import MAX_EXPERTS, PROJECTIONS, Spelling

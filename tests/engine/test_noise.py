@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp_backend import noise
-from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.decode import noise
+from mlx_mtp_backend.decode.noise import Purpose
 
 # Known answers published with Random123 for philox4x32 at ten rounds.
 KNOWN = [

@@ -6,22 +6,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from mlx_mtp_backend import (
-    Engine,
-    EngineOptions,
-    ErrorReason,
-    Finished,
-    GenerateParams,
-    LoadOptions,
-    Sampling,
-    host,
-    pacing,
-)
+from mlx_mtp_backend import Engine, EngineOptions, ErrorReason, Finished, GenerateParams, LoadOptions, Sampling, host
 from mlx_mtp_backend.api import Rule, WiringPolicy
-from mlx_mtp_backend.depth import DepthController
+from mlx_mtp_backend.decode import pacing
+from mlx_mtp_backend.decode.depth import DepthController
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.host import DeviceFailure
-from mlx_mtp_backend.text import GrowingText
+from mlx_mtp_backend.language.text import GrowingText
 from tests.conformance import decode
 from tests.engine.test_engine import tokens_of
 

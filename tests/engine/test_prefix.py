@@ -2,10 +2,10 @@
 
 import pytest
 
-from mlx_mtp_backend import prefix, rounds
 from mlx_mtp_backend.api import Rule, Sampling
-from mlx_mtp_backend.drafters import HeadDrafter
-from mlx_mtp_backend.prefix import RUNG, PrefixStore
+from mlx_mtp_backend.decode import prefix, rounds
+from mlx_mtp_backend.decode.drafters import HeadDrafter
+from mlx_mtp_backend.decode.prefix import RUNG, PrefixStore
 from tests.conformance import decode
 from tests.conformance.decode import CHUNK
 from tests.conformance.planting import planted

@@ -40,8 +40,8 @@ from mlx_mtp_backend import (
     Statistics,
     TokenLogprob,
     WiringPolicy,
-    grammar,
 )
+from mlx_mtp_backend.language import grammar
 from mlx_mtp_backend.process import child, parent, pulse, spawn, wire
 from mlx_mtp_backend.process.pulse import SILENT, STUCK, SUSPECTED_SILENT, Pulse
 from mlx_mtp_backend.process.remote import step_of, window_of
@@ -144,7 +144,7 @@ def test_log_records_keep_their_logger_and_level(engine, history, caplog):
         engine.unload("second").result(timeout=10)
         until(lambda: any("head looks wrong" in record.message for record in caplog.records))
     (record,) = [record for record in caplog.records if "head looks wrong" in record.message]
-    assert (record.name, record.levelname) == ("mlx_mtp_backend.loading", "WARNING")
+    assert (record.name, record.levelname) == ("mlx_mtp_backend.load.loading", "WARNING")
 
 
 def test_signals_of_a_terminal_or_a_service_manager_are_the_parents(engine):

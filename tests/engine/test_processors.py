@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp_backend.api import FormatKind, GenerateParams, ResponseFormat, Sampling
-from mlx_mtp_backend.penalties import History, penalise
-from mlx_mtp_backend.processors import Processors, processed, processors_of
-from mlx_mtp_backend.text import ModelText, load_text
+from mlx_mtp_backend.decode.penalties import History, penalise
+from mlx_mtp_backend.decode.processors import Processors, processed, processors_of
+from mlx_mtp_backend.language.text import ModelText, load_text
 
 VOCAB = 704
 ENDS = frozenset({0, 2})

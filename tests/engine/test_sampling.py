@@ -8,12 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp_backend import noise
-from mlx_mtp_backend import sampling as module
 from mlx_mtp_backend.api import Sampling
+from mlx_mtp_backend.decode import noise
+from mlx_mtp_backend.decode import sampling as module
+from mlx_mtp_backend.decode.noise import Purpose
+from mlx_mtp_backend.decode.sampling import Law, candidates, choose, transform
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.noise import Purpose
-from mlx_mtp_backend.sampling import Law, candidates, choose, transform
 
 
 def by_full_sort(logits: np.ndarray, sampling: Sampling) -> np.ndarray | None:

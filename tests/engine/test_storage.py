@@ -9,8 +9,9 @@ import mlx.core as mx
 import pytest
 from support.storages import AWQ_CONFIG, FOREIGN, FP8_CONFIG, awq, fp8, relabel, stored
 
-from mlx_mtp_backend import EngineError, ErrorReason, LoadOptions, loading
+from mlx_mtp_backend import EngineError, ErrorReason, LoadOptions
 from mlx_mtp_backend.checkpoint import MTPStatus, inspect_checkpoint
+from mlx_mtp_backend.load import loading
 from mlx_mtp_backend.synthetic import Recipe, write
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.text import StopScanner, load_text
+from mlx_mtp_backend.language.text import StopScanner, load_text
 
 MESSAGES = [
     {"role": "system", "content": "Fold alerts."},

@@ -10,7 +10,7 @@ from mtp_kernels.choice import Choice
 from mtp_kernels.registry import Case, Registry, Run, Selection
 
 from mlx_mtp_backend.api import LoadOptions, Sampling
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.decode.drafters import HeadDrafter
 from mlx_mtp_backend.families import qwen3_5_fused, qwen3_5_load
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35
 from mlx_mtp_backend.families.qwen3_5_fused_mlp import FusedExperts

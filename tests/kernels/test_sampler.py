@@ -12,9 +12,9 @@ from mtp_kernels.sampler import reference, row_words, sample
 from mtp_kernels.sampler.probe import case
 from mtp_kernels.sampler.reference import philox
 
-from mlx_mtp_backend import noise, sampling
 from mlx_mtp_backend.api import Sampling
-from mlx_mtp_backend.noise import Purpose
+from mlx_mtp_backend.decode import noise, sampling
+from mlx_mtp_backend.decode.noise import Purpose
 
 RNG = np.random.default_rng(0)
 

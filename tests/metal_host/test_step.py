@@ -12,13 +12,13 @@ from mtp_kernels.few_row_matmul.variants import Variant
 from mtp_kernels.launch import metal_through
 from mtp_kernels.registry import TUNING_FILE, Registry
 
-from mlx_mtp_backend import tuning
 from mlx_mtp_backend.api import LoadOptions
 from mlx_mtp_backend.cache import begin, commit
 from mlx_mtp_backend.families import qwen3_5_load
 from mlx_mtp_backend.families.base import Segment
 from mlx_mtp_backend.families.qwen3_5 import Qwen35
 from mlx_mtp_backend.families.qwen3_5_fused import FusedQwen35, fused, fused_or_stock
+from mlx_mtp_backend.load import tuning
 from mlx_mtp_backend.synthetic import Recipe, write
 from tests.conformance import decode
 from tests.kernels.test_fused_step import sharpened

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from mlx_mtp_backend.depth import MAX_DEPTH, DepthController, Drafted
+from mlx_mtp_backend.decode.depth import MAX_DEPTH, DepthController, Drafted
 
 # (sequences, rows) -> milliseconds of a pass of the trunk.
 Pass = Callable[[int, int], float]

@@ -2,7 +2,7 @@
 
 SLOW_SLICE = """
 import sys, time
-import mlx_mtp_backend.loading as loading
+import mlx_mtp_backend.load.loading as loading
 def slow(*arguments):
     print("in the middle of a slice", flush=True)
     time.sleep(60)

@@ -13,8 +13,8 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from support.ollama_process import Double
 
+from mlx_mtp_backend.decode.verification import Verification, verify
 from mlx_mtp_backend.synthetic import Recipe, write
-from mlx_mtp_backend.verification import Verification, verify
 from router import doctor
 from router.cli import main
 from router.cli.verify import lines

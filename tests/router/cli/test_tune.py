@@ -13,7 +13,7 @@ from mtp_kernels.few_row_matmul.variants import Variant
 from mtp_kernels.launch import platform
 from mtp_kernels.tuning import Result
 
-from mlx_mtp_backend.tuning import Tuned
+from mlx_mtp_backend.load.tuning import Tuned
 from router import doctor
 from router.cli import main, tune
 

@@ -14,7 +14,7 @@ from mlx_mtp_backend.synthetic import Recipe, write
 
 SLOW_REPLY = """
 import sys, time
-import mlx_mtp_backend.rounds as rounds
+import mlx_mtp_backend.decode.rounds as rounds
 def slow(*arguments):
     print("in the middle of a prefill", flush=True)
     time.sleep(60)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from support.generation import GREEDY, collect, counting, entry, finished, text
 
-from mlx_mtp_backend.processors import processors_of
+from mlx_mtp_backend.decode.processors import processors_of
 from router.backends.llama_cpp import LlamaCppBackend
 from router.backends.mlx_answer import Prompt, generate_params
 from router.domain import (

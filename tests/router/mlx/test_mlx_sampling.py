@@ -14,7 +14,7 @@ import pytest_asyncio
 from mtp_router.generate import v1
 
 from mlx_mtp_backend.synthetic import Recipe, write
-from mlx_mtp_backend.synthetic_text import CHAT_TEMPLATE
+from mlx_mtp_backend.synthetic.text import CHAT_TEMPLATE
 from router.backends.mlx import MlxBackend
 from router.catalog import read_catalog
 from router.client import AsyncClient, RouterCallError

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp_backend import blas
 from mlx_mtp_backend.api import (
     Delta,
     EngineOptions,
@@ -24,6 +23,7 @@ from mlx_mtp_backend.api import (
 )
 from mlx_mtp_backend.engine import Engine
 from mlx_mtp_backend.errors import EngineError, ErrorReason
+from mlx_mtp_backend.load import blas
 from mlx_mtp_backend.models import LoadedModel, WiringReport
 
 DEPTHS = (0, 1, 2, 3, 4)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import noise
 from mlx_mtp_backend.api import Sampling
+from mlx_mtp_backend.decode import noise
 from mlx_mtp_backend.host import flags
 
 # A nucleus is looked for among this many candidates; a row whose nucleus is wider is sorted whole.

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 from mtp_kernels.sampler import row_words
 
+from mlx_mtp_backend.decode.noise import Purpose
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.noise import Purpose
-from mlx_mtp_backend.sequence import Sequence
 
 
 def direct(model: Model, sequence: Sequence) -> bool:

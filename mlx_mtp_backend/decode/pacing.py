@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from mlx_mtp_backend import rounds
-from mlx_mtp_backend.depth import MAX_DEPTH, DepthController, Drafted
-from mlx_mtp_backend.drafters import Drafter
+from mlx_mtp_backend.decode import rounds
+from mlx_mtp_backend.decode.depth import MAX_DEPTH, DepthController, Drafted
+from mlx_mtp_backend.decode.drafters import Drafter
+from mlx_mtp_backend.decode.rounds import Committed, Round
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.rounds import Committed, Round
-from mlx_mtp_backend.sequence import Sequence
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from typing import Any
 import mlx.core as mx
 from mtp_kernels.store import write_json
 
-from mlx_mtp_backend import cache, rounds, sequence
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
-from mlx_mtp_backend.depth import DepthController
-from mlx_mtp_backend.drafters import HeadDrafter
+from mlx_mtp_backend.decode import rounds, sequence
+from mlx_mtp_backend.decode.depth import DepthController
+from mlx_mtp_backend.decode.drafters import HeadDrafter
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.host import evaluate
 

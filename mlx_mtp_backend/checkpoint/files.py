@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mtp_backend.checkpoint.safetensors_header import (
+    MAX_TENSORS,
+    SUFFIX,
+    TensorInfo,
+    read_header,
+    read_json,
+    unreadable,
+)
+from mlx_mtp_backend.checkpoint.untrusted import allowed_roots
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.layouts import head_name
-from mlx_mtp_backend.safetensors_header import MAX_TENSORS, SUFFIX, TensorInfo, read_header, read_json, unreadable
-from mlx_mtp_backend.untrusted import allowed_roots
 
 MAX_CONFIG_BYTES = 4_000_000
 MAX_TOKENIZER_CONFIG_BYTES = 8_000_000

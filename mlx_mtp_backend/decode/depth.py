@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp_backend.costs import Costs
+from mlx_mtp_backend.decode.costs import Costs
 
 MAX_DEPTH = 5  # deeper never paid with any released head
 FIRST_GUESS = 0.6  # of a draft's chance, before anything was seen: low, as hoping for too much is dear

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, draws, logprobs, noise, sampling
-from mlx_mtp_backend.acceptance import Outcome
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import Rule, Sampling, TokenLogprob
-from mlx_mtp_backend.drafters import Draft, Drafter, grouped, reordered
+from mlx_mtp_backend.decode import acceptance, draws, logprobs, noise, sampling
+from mlx_mtp_backend.decode.acceptance import Outcome
+from mlx_mtp_backend.decode.drafters import Draft, Drafter, grouped, reordered
+from mlx_mtp_backend.decode.logprobs import Measured
+from mlx_mtp_backend.decode.noise import Purpose
+from mlx_mtp_backend.decode.processors import processed
+from mlx_mtp_backend.decode.sampling import Law, joined
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Hidden, Model, Segment, split_rows
 from mlx_mtp_backend.host import evaluate, flags, ints, table
-from mlx_mtp_backend.logprobs import Measured
-from mlx_mtp_backend.noise import Purpose
-from mlx_mtp_backend.processors import processed
-from mlx_mtp_backend.sampling import Law, joined
-from mlx_mtp_backend.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What MLX finds on this machine, as one JSON object: `python -m mlx_mtp_backend.probe`.
+"""What MLX finds on this machine, as one JSON object: `python -m mlx_mtp_backend.load.probe`.
 
 A process of its own: MLX may abort where a driver is broken, and a BLAS is interposed once and for all.
 """
@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp_backend import blas
 from mlx_mtp_backend.errors import EngineError
+from mlx_mtp_backend.load import blas
 
 
 def probe(*, openblas: bool = False, kernel_checks: Path | None = None) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mtp_backend.checkpoint.untrusted import RefusedFileError, open_untrusted, parse_object, read_untrusted
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.untrusted import RefusedFileError, open_untrusted, parse_object, read_untrusted
 
 MAX_HEADER_BYTES = 32 * 2**20  # 200,000 tensors; the format allows 100 MB, which would cost gigabytes to parse
 MAX_TENSORS = 200_000

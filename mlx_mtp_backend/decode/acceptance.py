@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp_backend import noise
 from mlx_mtp_backend.api import Rule
-from mlx_mtp_backend.noise import Purpose
-from mlx_mtp_backend.sampling import Law, choose
+from mlx_mtp_backend.decode import noise
+from mlx_mtp_backend.decode.noise import Purpose
+from mlx_mtp_backend.decode.sampling import Law, choose
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from mlx_mtp_backend import blas, cache
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import LoadProgress, Replay
 from mlx_mtp_backend.families.base import Model, Segment
+from mlx_mtp_backend.load import blas
 
 _PREFIX_ROWS = 19
 _VERIFY_ROWS = 8

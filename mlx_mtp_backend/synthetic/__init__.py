@@ -24,9 +24,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp_backend import synthetic_text
 from mlx_mtp_backend.families.layouts import Spelling
-from mlx_mtp_backend.synthetic_weights import (
+from mlx_mtp_backend.synthetic import text as synthetic_text
+from mlx_mtp_backend.synthetic.weights import (
     Weights,
     head_shapes,
     make_pass_through,

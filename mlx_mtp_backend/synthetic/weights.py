@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_mtp_backend import synthetic_text
 from mlx_mtp_backend.families.layouts import PROJECTIONS, Spelling, qwen3_5_head, qwen3_5_moe_head
+from mlx_mtp_backend.synthetic import text as synthetic_text
 
 Weights = dict[str, np.ndarray]
 

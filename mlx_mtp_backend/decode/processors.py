@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp_backend.api import GenerateParams
-from mlx_mtp_backend.grammar import Grammar, Mask
+from mlx_mtp_backend.decode.penalties import History, penalise
 from mlx_mtp_backend.host import evaluate, ints
-from mlx_mtp_backend.penalties import History, penalise
+from mlx_mtp_backend.language.grammar import Grammar, Mask
 
 _WORD = 32
 

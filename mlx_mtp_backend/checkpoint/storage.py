@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp_backend.footprint import positive
-from mlx_mtp_backend.safetensors_header import TensorInfo
+from mlx_mtp_backend.checkpoint.safetensors_header import TensorInfo
+from mlx_mtp_backend.load.footprint import positive
 
 ADVICE = (
     "convert the unquantised original with mlx_lm.convert, or take an MLX quantisation of it, "

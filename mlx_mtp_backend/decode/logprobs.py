@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp_backend.api import TokenLogprob
-from mlx_mtp_backend.sampling import candidates
+from mlx_mtp_backend.decode.sampling import candidates
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import mlx.core as mx
 from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import MAX_DEPTH, Rule, Sampling
 from mlx_mtp_backend.cache import LayerCache
-from mlx_mtp_backend.depth import Acceptance
+from mlx_mtp_backend.decode.depth import Acceptance
+from mlx_mtp_backend.decode.processors import Processors
 from mlx_mtp_backend.families.base import Model
-from mlx_mtp_backend.processors import Processors
 
 _JOINED = 64  # rounds without drafts whose hiddens become one array, so that a long reply does not keep thousands
 

@@ -13,17 +13,17 @@ from typing import cast
 import mlx.core as mx
 from mtp_kernels.registry import Registry
 
-from mlx_mtp_backend import numerics, wiring
 from mlx_mtp_backend.api import LoadOptions, LoadProgress, Rule, WiringPolicy
-from mlx_mtp_backend.calibration import DepthMemory, calibrate
 from mlx_mtp_backend.checkpoint import CheckpointReport, MTPStatus, inspect_checkpoint
-from mlx_mtp_backend.depth import FIRST_GUESS, DepthController
-from mlx_mtp_backend.device import memory_bytes
-from mlx_mtp_backend.drafters import Drafter, HeadDrafter
+from mlx_mtp_backend.decode.depth import FIRST_GUESS, DepthController
+from mlx_mtp_backend.decode.drafters import Drafter, HeadDrafter
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.base import Driver, Model
+from mlx_mtp_backend.language.text import ModelText, load_text
+from mlx_mtp_backend.load import numerics, wiring
+from mlx_mtp_backend.load.calibration import DepthMemory, calibrate
+from mlx_mtp_backend.load.device import memory_bytes
 from mlx_mtp_backend.models import ENOUGH, LoadedModel, WiringReport
-from mlx_mtp_backend.text import ModelText, load_text
 
 log = logging.getLogger(__name__)
 

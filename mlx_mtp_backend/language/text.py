@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from mlx_mtp_backend.api import ResponseFormat
+from mlx_mtp_backend.checkpoint.untrusted import allowed_roots, read_untrusted
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.grammar import Grammar, Grammars
-from mlx_mtp_backend.untrusted import allowed_roots, read_untrusted
+from mlx_mtp_backend.language.grammar import Grammar, Grammars
 
 MAX_FILE_BYTES = 200_000_000
 MAX_TEXT_BYTES = 8 * 2**20  # tokenizer configs of large vocabularies reach a few megabytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp_backend.checkpoint_files import (
+from mlx_mtp_backend.checkpoint.files import (
     MAX_TOKENIZER_CONFIG_BYTES,
     CheckpointFiles,
     find_tensors,
@@ -19,12 +19,12 @@ from mlx_mtp_backend.checkpoint_files import (
     read_config,
     text_config,
 )
+from mlx_mtp_backend.checkpoint.safetensors_header import TensorInfo, read_json
+from mlx_mtp_backend.checkpoint.storage import Quantization, quantization, refusal, unread
+from mlx_mtp_backend.checkpoint.untrusted import allowed_roots
 from mlx_mtp_backend.errors import EngineError, ErrorReason
 from mlx_mtp_backend.families.layouts import MAX_EXPERTS, HeadLayout, layout_of
-from mlx_mtp_backend.footprint import CacheFootprint, cache_footprint, positive
-from mlx_mtp_backend.safetensors_header import TensorInfo, read_json
-from mlx_mtp_backend.storage import Quantization, quantization, refusal, unread
-from mlx_mtp_backend.untrusted import allowed_roots
+from mlx_mtp_backend.load.footprint import CacheFootprint, cache_footprint, positive
 
 DECLARING_KEYS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 

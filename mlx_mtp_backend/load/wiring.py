@@ -11,8 +11,9 @@ from collections.abc import Generator
 
 import mlx.core as mx
 
-from mlx_mtp_backend import acceptance, cache, noise, sampling
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import LoadProgress, Rule, Sampling
+from mlx_mtp_backend.decode import acceptance, noise, sampling
 from mlx_mtp_backend.families.base import Model, Segment
 from mlx_mtp_backend.host import ints, number
 from mlx_mtp_backend.models import ENOUGH, WiringReport

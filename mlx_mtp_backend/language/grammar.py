@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from mlx_mtp_backend.api import FormatKind, ResponseFormat
 from mlx_mtp_backend.errors import EngineError, ErrorReason
-from mlx_mtp_backend.json_schema import SchemaError, enforceable
+from mlx_mtp_backend.language.json_schema import SchemaError, enforceable
 
 log = logging.getLogger(__name__)
 

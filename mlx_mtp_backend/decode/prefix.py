@@ -15,9 +15,9 @@ import mlx.core as mx
 
 from mlx_mtp_backend.api import EngineOptions
 from mlx_mtp_backend.cache.base import copied
-from mlx_mtp_backend.device import memory_bytes
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.host import evaluate
-from mlx_mtp_backend.sequence import Sequence
+from mlx_mtp_backend.load.device import memory_bytes
 
 Rows = list[tuple[mx.array, ...]]  # of each cache, trunk first
 

@@ -9,14 +9,15 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp_backend import cache, draws, noise, sampling
-from mlx_mtp_backend.acceptance import draft_purpose
+from mlx_mtp_backend import cache
 from mlx_mtp_backend.api import Rule, Sampling
+from mlx_mtp_backend.decode import draws, noise, sampling
+from mlx_mtp_backend.decode.acceptance import draft_purpose
+from mlx_mtp_backend.decode.noise import Purpose
+from mlx_mtp_backend.decode.processors import processed
+from mlx_mtp_backend.decode.sampling import Law
+from mlx_mtp_backend.decode.sequence import Sequence
 from mlx_mtp_backend.families.base import Model, Segment
-from mlx_mtp_backend.noise import Purpose
-from mlx_mtp_backend.processors import processed
-from mlx_mtp_backend.sampling import Law
-from mlx_mtp_backend.sequence import Sequence
 
 Kind = TypeVar("Kind", bound=Hashable)
 

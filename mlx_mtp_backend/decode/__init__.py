@@ -1,0 +1,1 @@
+"""Rounds: drafts, verification, sampling, and the depth that pays."""

@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizer and chat template, grammars of response formats."""
