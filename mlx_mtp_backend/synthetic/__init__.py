@@ -5,7 +5,7 @@
 Names, shard index, zero-centred norms and the un-transposed convolution are those of a released checkpoint. Two kinds:
 
 * pass-through: the layers compute and then add nothing, so the logits depend on the last token alone: a chain of words
-  (see synthetic_text). Its head predicts the same chain, except after a chosen share of tokens. It shows speed and
+  (see text). Its head predicts the same chain, except after a chosen share of tokens. It shows speed and
   alignment and gives readable output; it can prove nothing about caches, and it does not read its prompt.
 * history: random weights, logits depend on every token before. It speaks nonsense, and a cache that is wrong anywhere
   changes it: exactness is proved on this kind.
@@ -15,7 +15,6 @@ Either with dense layers or, given a number of experts, with mixtures of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,32 +185,3 @@ def _config(recipe: Recipe, text: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": recipe.tied,
         "vision_config": {"model_type": family, "depth": 0},
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlx_mtp_backend.synthetic", description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--kind", choices=("pass-through", "history"), default="history")
-    parser.add_argument("--acceptance", type=float, default=0.85, help="pass-through: share of drafts that are right")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=64, help="history: hidden size")
-    parser.add_argument("--width", type=int, default=96, help="width of the MLP")
-    parser.add_argument("--experts", type=int, default=0, help="routed experts of every layer; 0: dense layers")
-    parser.add_argument("--top-k", type=int, default=2, help="experts that a token goes to")
-    parser.add_argument("--interval", type=int, default=2, help="every how many layers one has full attention")
-    parser.add_argument("--head", choices=HEAD_PLACES, default="shards", help="where the head's tensors go")
-    parser.add_argument("--text-only", action="store_true", help="no multimodal wrapper")
-    parser.add_argument("--tied", action="store_true", help="history: output matrix tied to the embeddings")
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--seed", type=int, default=0)
-    given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
-    try:
-        recipe = Recipe(wrapper=not given.pop("text_only"), **given)
-    except ValueError as error:
-        parser.error(str(error))
-    print(write(out, recipe))
-
-
-if __name__ == "__main__":
-    main()
