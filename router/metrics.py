@@ -167,10 +167,10 @@ BREAKER = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN:
 def _of_models(lifecycle: Lifecycle) -> Iterator[Gauge]:
     scheduler = lifecycle.scheduler
     models = [model for model in scheduler.models.values() if model.terms.loads]
-    phases: Labelled = {(model.name, model.phase.value): 1.0 for model in models}
-    yield Gauge("model_state", "1 for the state that a model is in.", ("model", "state"), phases)
-    held: Labelled = {(model.name,): float(model.terms.memory) for model in models if model.phase is not Phase.COLD}
-    yield Gauge("model_memory_bytes", "Memory reckoned for a loaded model.", ("model",), held)
+    phases: Labelled = {(*_who(model.name), model.phase.value): 1.0 for model in models}
+    yield Gauge("model_state", "1 for the state that a model is in.", (*WHO, "state"), phases)
+    held: Labelled = {_who(model.name): float(model.terms.memory) for model in models if model.phase is not Phase.COLD}
+    yield Gauge("model_memory_bytes", "Memory reckoned for a loaded model.", WHO, held)
     yield Gauge(
         "memory_footprint_bytes",
         "Memory of the router and its children, as measured.",
@@ -181,6 +181,12 @@ def _of_models(lifecycle: Lifecycle) -> Iterator[Gauge]:
         yield Gauge("memory_budget_bytes", "Memory for all models.", (), {(): float(scheduler.rules.budget)})
     yield Gauge("model_loads", "Loads so far.", (), {(): float(lifecycle.loads)})
     yield Gauge("model_evictions", "Models dropped for others so far.", (), {(): float(scheduler.evictions)})
+
+
+def _who(seat: str) -> tuple[str, str]:
+    """Model and backend of a seat "backend/model"; only the model's name may have a slash."""
+    backend, _, model = seat.partition("/")
+    return model, backend
 
 
 class _Now(Collector):

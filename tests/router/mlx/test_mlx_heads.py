@@ -76,6 +76,8 @@ async def test_a_head_that_looks_wrong_is_told_once_it_was_loaded(server: Router
         page = (await web.get(f"http://{server.metrics_address}/metrics")).text
     assert 'mtp_router_model_suspect_head{backend="mlx",model="wrong"} 1.0' in page
     assert page.count("mtp_router_model_suspect_head{") == 1
+    assert 'mtp_router_model_state{backend="mlx",model="wrong",state="ready"} 1.0' in page
+    assert 'mtp_router_model_memory_bytes{backend="mlx",model="right"}' in page
 
 
 async def test_it_is_told_of_the_files_that_were_loaded_alone(client: AsyncClient, tmp_path: Path) -> None:
