@@ -13,6 +13,7 @@ from mlx_mtp_backend.synthetic import Recipe, write
 from router.backends.mlx import MlxBackend
 from router.catalog import read_catalog
 from router.client import AsyncClient
+from router.lifecycle import Lifecycle
 from router.refresh import Reader
 from router.server import RouterServer
 from router.settings import MlxSettings, ModelSettings, ServerSettings, Settings
@@ -29,9 +30,10 @@ async def server(tmp_path: Path) -> AsyncIterator[RouterServer]:
     }
     listen = ServerSettings(listen="127.0.0.1:0", drain_grace=0.0, metrics_listen="127.0.0.1:0")
     settings = Settings(server=listen, models=models)
-    backends = {"mlx": MlxBackend("mlx", MlxSettings(allow_cpu=True))}
+    lifecycle = Lifecycle()
+    backends = {"mlx": MlxBackend("mlx", MlxSettings(allow_cpu=True), lifecycle)}
     reader = Reader(settings, lambda: settings, tmp_path / "none", lambda settings, catalog: {})
-    server = RouterServer(listen, await read_catalog(settings, tmp_path / "none"), backends, reader)
+    server = RouterServer(listen, await read_catalog(settings, tmp_path / "none"), backends, reader, lifecycle)
     await server.start()
     yield server
     await server.drain()
