@@ -1,8 +1,9 @@
 """gRPC streams read as HTTP/2 frames: a client for measurements that leaves the machine to what is measured.
 
 grpc.aio takes as much of a core to read a stream as to send it: on two cores the client would be what is measured. Here
-nothing is decoded: whoever calls is given the bytes of each DATA frame. Windows are as large as they may be, so that no
-flow control sets in. Frames: RFC 9113; header fields: RFC 7541, all literal.
+nothing is decoded: whoever calls is given the bytes of each DATA frame. Windows are as large as they may be, so that an
+answer meets no flow control until 2 GiB have come over its connection. As much of HTTP/2 as gRPC's own server needs:
+small requests, no padding, no waiting for a window. Frames: RFC 9113; header fields: RFC 7541, all literal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
 _INITIAL_WINDOW_SIZE = 4  # a setting
 _LARGEST_WINDOW, _FIRST_WINDOW = 2**31 - 1, 2**16 - 1
+_LARGEST_REQUEST = 2**14 - 5  # with what gRPC puts before it
 _HEADER = struct.Struct(">HBBBI")  # of a frame: length in 16 and 8 bits, type, flags, stream
 
 Heard = Callable[[bytes], None]
@@ -25,7 +27,7 @@ Heard = Callable[[bytes], None]
 @dataclass(slots=True)
 class _Call:
     heard: Heard
-    ended: asyncio.Future[None]
+    ended: asyncio.Future[bytes]
 
 
 class Connection(asyncio.Protocol):
@@ -48,21 +50,25 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         for number in list(self._calls):
-            self._end(number, ConnectionError("the connection was lost"))
+            self._fail(number, f"the connection was lost: {exc or 'it was closed'}")
 
-    async def call(self, path: str, request: bytes, heard: Heard) -> None:
-        """Calls a method of one request and waits for the end of the answer.
+    async def call(self, path: str, request: bytes, heard: Heard) -> bytes:
+        """Calls a method of one request and waits for the end of the answer. Returns its trailers, which have the
+        status, as they came.
 
         Args:
             path: "/package.Service/Method".
-            request: the message.
+            request: the message, of one frame at most.
             heard: takes the bytes of each frame: a message, behind gRPC's five bytes. Each small message is one.
 
         Raises:
             ConnectionError: the stream was reset, or the connection lost. A status is not decoded: whoever calls looks
                 whether the answer is whole.
         """
-        assert self._transport is not None
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionError("the connection is closed")
+        if len(request) > _LARGEST_REQUEST:
+            raise ValueError(f"a request of {len(request)} bytes takes more than one frame")
         number, ended = self._next, asyncio.get_running_loop().create_future()
         self._next += 2
         self._calls[number] = _Call(heard, ended)
@@ -72,7 +78,10 @@ class Connection(asyncio.Protocol):
         message = b"\0" + struct.pack(">I", len(request)) + request
         headers = _frame(_HEADERS, _END_HEADERS, number, block)
         self._transport.write(headers + _frame(_DATA, _END_STREAM, number, message))
-        await ended
+        try:
+            return await ended
+        finally:
+            self._calls.pop(number, None)
 
     def close(self) -> None:
         """Ends the connection, and with it whatever is still being read."""
@@ -95,29 +104,29 @@ class Connection(asyncio.Protocol):
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == _DATA:
-            self._calls[stream].heard(payload)
+            if stream in self._calls:  # else nobody waits any more
+                self._calls[stream].heard(payload)
         elif kind in (_SETTINGS, _PING) and not flags & _ACK:
             assert self._transport is not None
             self._transport.write(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
         elif kind == _RST_STREAM:
-            self._end(stream, ConnectionError("the stream was reset"))
-        elif kind == _GOAWAY:
+            self._fail(stream, f"the stream was reset: {payload.hex()}")
+        elif kind == _GOAWAY:  # nothing that is measured ends this way
+            for number in list(self._calls):
+                self._fail(number, f"the server closes the connection: {payload[8:]!r}")
             self.close()
-        elif kind == _HEADERS and flags & _END_STREAM:
-            self._end(stream)
+        elif kind == _HEADERS and flags & _END_STREAM and stream in self._calls:
+            ended = self._calls[stream].ended
+            if not ended.done():
+                ended.set_result(payload)
 
-    def _end(self, stream: int, error: Exception | None = None) -> None:
-        call = self._calls.pop(stream, None)
-        if call is None or call.ended.done():
-            return
-        if error is None:
-            call.ended.set_result(None)
-        else:
-            call.ended.set_exception(error)
+    def _fail(self, stream: int, why: str) -> None:
+        if stream in self._calls and not self._calls[stream].ended.done():
+            self._calls[stream].ended.set_exception(ConnectionError(why))
 
 
 async def connect(address: str) -> Connection:
-    """A connection to "host:port". Raises OSError where nothing listens there."""
+    """A connection to "host:port", an IPv4 address or a name. Raises OSError where nothing listens there."""
     host, _, port = address.rpartition(":")
     _, connection = await asyncio.get_running_loop().create_connection(Connection, host, int(port))
     return connection

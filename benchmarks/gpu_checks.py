@@ -97,8 +97,8 @@ def cases() -> list[Callable[[], Case]]:
                 return matmul_case([matrix(n, 1280, b, g, d) for n in (520, 40)], d, norm=True)
 
             made.append(normed)
-        # The first has the sizes of 35B-A3B's experts, the fourth takes all there are, as many as may; the last has
-        # more of them than lanes, and a share left over.
+        # The first has the sizes of 35B-A3B's experts, a row of the fourth takes all, as many as are built; the last
+        # has more of them than lanes, and a share left over.
         made.append(lambda d=dtype: experts((64, 8, 2048, 512, 512), d))
         made.append(lambda d=dtype: experts((24, 3, 512, 256, 512), d, (4, 32), (8, 64)))
         made.append(lambda d=dtype: experts((24, 3, 512, 256, 256), d, (4, 128), (16, 0)))

@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +34,15 @@ import grpc
 from mtp_router.generate import v1
 
 from benchmarks.frames import Connection, connect
+from router import event_loop
 from router.client import AsyncClient
-from router.event_loop import EventLoop
 
 STREAM = "/mtp_router.generate.v1.GenerateService/StreamGenerate"
 RAMP = 5.0  # seconds over which the streams begin
 SHARES = (0.5, 0.9, 0.99, 0.999)
 CONNECTIONS = 8  # that the streams share
 SHORT = 20.0  # short requests a second
+PATIENCE = 600.0  # seconds that an answer may take
 MADE = re.compile(rb"@(\d+) ")  # when a delta was made, in nanoseconds; a message may hold several, merged
 PREFIX = 5  # bytes of gRPC's before a message
 FINISHED = v1.StreamGenerateResponse(finished=v1.GenerationFinished()).SerializeToString()[:1]  # the field's number
@@ -85,7 +87,7 @@ class Stand:
 
 
 async def one_stream(connection: Connection, answer: Asked, seen: Seen, settled: float) -> None:
-    """Reads one answer. Deltas made after `settled` count, and every first one."""
+    """Reads one answer. Its first delta counts, and others that come after `settled`."""
     began, left, finished = time.monotonic(), answer.deltas, False
 
     def heard(data: bytes) -> None:
@@ -101,12 +103,14 @@ async def one_stream(connection: Connection, answer: Asked, seen: Seen, settled:
         left -= len(made)
 
     try:
-        await connection.call(STREAM, answer.request, heard)
-    except ConnectionError as error:
-        seen.failures.append(str(error))
+        async with asyncio.timeout(PATIENCE):
+            trailers = await connection.call(STREAM, answer.request, heard)
+    except (ConnectionError, TimeoutError) as error:
+        seen.failures.append(str(error) or "no end of the answer")
         return
     if left or not finished:
-        seen.failures.append(f"{left} of {answer.deltas} deltas did not come, nor the end")
+        what = "finished" if finished else "not finished"
+        seen.failures.append(f"{what}, {left} of {answer.deltas} deltas missing, trailers {trailers!r}")
 
 
 def scripted(rate: float, count: int) -> Asked:
@@ -117,19 +121,22 @@ def scripted(rate: float, count: int) -> Asked:
 
 
 async def all_streams(address: str, streams: int, rate: float, seconds: float) -> Seen:
-    connections = [await connect(address) for _ in range(CONNECTIONS)]
-    seen, tasks, began = Seen(), [], time.monotonic()
-    # At random: streams that began at even intervals would all send at the same few moments of a period.
-    rng = random.Random(0)
-    starts = sorted(rng.uniform(0, RAMP) for _ in range(streams))
-    plan = [(start, scripted(rate, int(rate * seconds))) for start in starts]
-    plan += [(RAMP + number / SHORT, scripted(rate, 1)) for number in range(int(SHORT * (seconds - RAMP)))]
-    for number, (due, answer) in enumerate(plan):
-        await asyncio.sleep(began + due - time.monotonic())
-        tasks.append(asyncio.create_task(one_stream(connections[number % CONNECTIONS], answer, seen, began + RAMP)))
-    await asyncio.gather(*tasks)
-    for connection in connections:
-        connection.close()
+    with ExitStack() as stack:
+        connections = []
+        for _ in range(CONNECTIONS):
+            connections.append(await connect(address))
+            stack.callback(connections[-1].close)
+        seen, tasks, began = Seen(), [], time.monotonic()
+        # At random: streams that began at even intervals would all send at the same few moments of a period.
+        rng = random.Random(0)
+        starts = sorted(rng.uniform(0, RAMP) for _ in range(streams))
+        plan = [(start, scripted(rate, int(rate * seconds))) for start in starts]
+        plan += [(RAMP + number / SHORT, scripted(rate, 1)) for number in range(int(SHORT * (seconds - RAMP)))]
+        for number, (due, answer) in enumerate(plan):
+            await asyncio.sleep(began + due - time.monotonic())
+            connection = connections[number % CONNECTIONS]
+            tasks.append(asyncio.create_task(one_stream(connection, answer, seen, began + RAMP)))
+        await asyncio.gather(*tasks)
     return seen
 
 
@@ -190,8 +197,7 @@ class Shares:
 def report(title: str, arguments: argparse.Namespace, *options: str, beside: bool = False) -> Shares:
     """Prints one measurement."""
     began = time.monotonic()
-    with asyncio.Runner(loop_factory=EventLoop) as runner:
-        seen, told, tokens = runner.run(measure(arguments, list(options), beside))
+    seen, told, tokens = event_loop.run(measure(arguments, list(options), beside))
     seconds = time.monotonic() - began
     print(f"\n{title}")
     print(f"  messages              {seen.messages}, {len(seen.failures)} failures {seen.failures[:2] or ''}")

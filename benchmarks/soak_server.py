@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from benchmarks.stand import BareServer
+from router import event_loop
 from router.backends.ollama import OllamaBackend
 from router.catalog import read_catalog
 from router.lifecycle import Lifecycle
@@ -91,4 +92,4 @@ async def serve(ollama: str | None) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    asyncio.run(serve(sys.argv[1] if len(sys.argv) > 1 else None))
+    event_loop.run(serve(sys.argv[1] if len(sys.argv) > 1 else None))

@@ -9,22 +9,26 @@ That was seen to take 0.2 s. (`PollerCompletionQueue` of grpcio 1.85.)
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
 
-_BYTES = 4096  # more than a socket pair holds
-Ts = TypeVarTuple("Ts")
+_BYTES = 1 << 16
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 
 class EventLoop(asyncio.SelectorEventLoop):
-    """Takes all bytes that wait before gRPC's callback takes its one."""
+    """Takes all bytes that wait before gRPC's callback takes its one.
 
-    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*Ts], Any], *args: *Ts) -> None:
+    The only loop of its process that may use gRPC: all loops share the socket, and one could take the byte that tells
+    of another's event.
+    """
+
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Ts], Any], *args: *_Ts) -> None:
         """See asyncio."""
         if isinstance(fd, socket.socket) and _is_grpc(callback):
             super().add_reader(fd, _take_all, fd, callback, *args)
@@ -32,21 +36,21 @@ class EventLoop(asyncio.SelectorEventLoop):
             super().add_reader(fd, callback, *args)
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, _T]) -> _T:
     """`asyncio.run` on that loop."""
     with asyncio.Runner(loop_factory=EventLoop) as runner:
-        runner.run(main)
+        return runner.run(main)
 
 
 def _is_grpc(callback: Callable[..., Any]) -> bool:
-    method = getattr(callback, "func", callback)  # a partial's
+    """Whether it is a method of a type of gRPC's, or a partial of one; with anything else gRPC is left as it is."""
+    method = getattr(callback, "func", callback)
     return type(getattr(method, "__self__", None)).__module__.startswith("grpc.")
 
 
-def _take_all(wakeups: socket.socket, callback: Callable[[*Ts], Any], *args: *Ts) -> None:
+def _take_all(wakeups: socket.socket, callback: Callable[[*_Ts], Any], *args: *_Ts) -> None:
     """All but the last, which is the callback's. It finds the events of all: each was there before its byte."""
-    with contextlib.suppress(BlockingIOError):  # another loop was faster
-        waiting = len(wakeups.recv(_BYTES, socket.MSG_PEEK))
-        if waiting > 1:
-            wakeups.recv(waiting - 1)
+    waiting = len(wakeups.recv(_BYTES, socket.MSG_PEEK))
+    if waiting > 1:
+        wakeups.recv(waiting - 1)
     callback(*args)

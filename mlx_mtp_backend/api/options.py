@@ -40,7 +40,7 @@ class LoadOptions:
         head_path: where the head's tensors lie when not in the checkpoint itself: a file, or the folder of the
             original checkpoint beside an MLX-quantised trunk.
         depth: drafts per round where a request does not say; None: as many as pay, found round by round from measured
-            costs and acceptance (see depth.py).
+            costs and acceptance (see decode/depth.py).
         unseeded_rule: the acceptance rule without a seed; None takes the one that promises more tokens a second.
         wiring: what a failed wiring check does.
         seed_norm, recycle_norm: which hidden seeds the head and which of its outputs it is fed again; None takes

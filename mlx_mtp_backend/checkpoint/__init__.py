@@ -77,7 +77,7 @@ class CheckpointReport:
     """A checkpoint. Sizes are in bytes, lengths in tokens; None where the config does not say.
 
     `weight_bytes` counts every expert: all are held, however few a token is given to. `identity` changes when
-    configuration or weights do, see files.identity. `refusal` tells why the engine cannot read
+    configuration or weights do, see checkpoint.files.identity. `refusal` tells why the engine cannot read
     the trunk's weights as they are stored, and what to do; None where it can.
     """
 

@@ -5,7 +5,7 @@
 Names, shard index, zero-centred norms and the un-transposed convolution are those of a released checkpoint. Two kinds:
 
 * pass-through: the layers compute and then add nothing, so the logits depend on the last token alone: a chain of words
-  (see text). Its head predicts the same chain, except after a chosen share of tokens. It shows speed and
+  (see synthetic/text.py). Its head predicts the same chain, except after a chosen share of tokens. It shows speed and
   alignment and gives readable output; it can prove nothing about caches, and it does not read its prompt.
 * history: random weights, logits depend on every token before. It speaks nonsense, and a cache that is wrong anywhere
   changes it: exactness is proved on this kind.
