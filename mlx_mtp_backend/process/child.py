@@ -31,13 +31,13 @@ from mlx_mtp_backend.load.device import accelerator
 from mlx_mtp_backend.models import LoadedModel
 from mlx_mtp_backend.process import wire
 from mlx_mtp_backend.process.outbox import Outbox
+from mlx_mtp_backend.process.priority import yield_to_parent
 from mlx_mtp_backend.process.remote import window_of
 from mlx_mtp_backend.stream import Stream
 
 log = logging.getLogger(__name__)
 
 COMPILERS = 2  # threads that compile response formats
-LOWEST = 19  # priority, by the measure of nice(2)
 FLUSH_LIMIT = 5.0  # seconds that the last words may take
 
 
@@ -275,20 +275,6 @@ def _own(options: EngineOptions) -> EngineOptions:
         max_waiting=2 * options.max_waiting + options.max_streams,
         stream_buffer=window_of(options.stream_buffer),
     )
-
-
-def yield_to_parent(nice: int) -> None:
-    """Lowers the priority of this process: by `nice` steps or, under a real-time policy, by one level of that."""
-    if sys.platform != "linux":
-        os.nice(nice)
-        return
-    policy, level = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
-    lowered = min(LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + nice)
-    for thread in map(int, os.listdir("/proc/self/task")):  # each has a priority of its own, which it hands on
-        if policy in (os.SCHED_FIFO, os.SCHED_RR):
-            os.sched_setscheduler(thread, policy, os.sched_param(max(1, level - 1)))
-        else:
-            os.setpriority(os.PRIO_PROCESS, thread, lowered)
 
 
 def die_with_parent() -> None:
