@@ -35,7 +35,7 @@ def yield_to_parent(nice: int) -> None:
     lowered = min(LOWEST, os.getpriority(os.PRIO_PROCESS, 0) + nice)
     for thread in _threads():
         os.setpriority(os.PRIO_PROCESS, thread, lowered)
-    if may_return_from_idle():
+    if policy == os.SCHED_OTHER and may_return_from_idle():
         threading.Thread(target=_idle_while_it_costs_nothing, args=(nice,), name="priority", daemon=True).start()
 
 
