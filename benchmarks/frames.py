@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -49,8 +49,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        for number in list(self._calls):
-            self._fail(number, f"the connection was lost: {exc or 'it was closed'}")
+        self._fail(self._calls, f"the connection was lost: {exc or 'it was closed'}")
 
     async def call(self, path: str, request: bytes, heard: Heard) -> bytes:
         """Calls a method of one request and waits for the end of the answer. Returns its trailers, which have the
@@ -110,19 +109,22 @@ class Connection(asyncio.Protocol):
             assert self._transport is not None
             self._transport.write(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
         elif kind == _RST_STREAM:
-            self._fail(stream, f"the stream was reset: {payload.hex()}")
+            self._fail([stream], f"the stream was reset: {payload.hex()}")
         elif kind == _GOAWAY:  # nothing that is measured ends this way
-            for number in list(self._calls):
-                self._fail(number, f"the server closes the connection: {payload[8:]!r}")
+            self._fail(self._calls, f"the server closes the connection: {payload[8:]!r}")
             self.close()
-        elif kind == _HEADERS and flags & _END_STREAM and stream in self._calls:
-            ended = self._calls[stream].ended
-            if not ended.done():
+        elif kind == _HEADERS and flags & _END_STREAM:
+            for ended in self._open([stream]):
                 ended.set_result(payload)
 
-    def _fail(self, stream: int, why: str) -> None:
-        if stream in self._calls and not self._calls[stream].ended.done():
-            self._calls[stream].ended.set_exception(ConnectionError(why))
+    def _fail(self, streams: Iterable[int], why: str) -> None:
+        for ended in self._open(streams):
+            ended.set_exception(ConnectionError(why))
+
+    def _open(self, streams: Iterable[int]) -> list[asyncio.Future[bytes]]:
+        """The ends that are still awaited."""
+        calls = [self._calls[stream] for stream in streams if stream in self._calls]
+        return [call.ended for call in calls if not call.ended.done()]
 
 
 async def connect(address: str) -> Connection:

@@ -1,5 +1,8 @@
 """An engine in a process of its own, with a model of random weights."""
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import psutil
@@ -34,3 +37,9 @@ def loaded(history: Path, on_end=None, **options) -> EngineProcess:
     engine = EngineProcess(EngineOptions(**{"device": "cpu", "max_streams": 4} | options), on_end)
     engine.load("history", history, QUIET).result(timeout=60)
     return engine
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen:
+    """A process of its own that runs the code, dedented; its standard input and output are pipes."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

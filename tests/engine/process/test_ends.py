@@ -2,16 +2,14 @@
 
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import Future
 
 import psutil
 import pytest
-from support.engine_process import LONG, QUIET, ask, gone, loaded
+from support.engine_process import LONG, QUIET, ask, gone, loaded, python
 from support.engines import reason_of, tokens_of, until
 
 from mlx_mtp_backend import EngineOptions, EngineProcess, ErrorReason, FinishReason, LoadOptions
@@ -119,11 +117,6 @@ def test_a_pulse_counts_looks():
     silent = Pulse()
     silent.suspect()
     assert [silent.look() is None for _ in range(SUSPECTED_SILENT + 1)] == [True] * SUSPECTED_SILENT + [False]
-
-
-def python(code: str, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_it_does_not_outlive_its_parent(history):

@@ -1,11 +1,10 @@
 """The engine's process yields to its parent, and is not starved by others."""
 
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
+from support.engine_process import python
 from support.engines import until
 
 from mlx_mtp_backend.process import priority
@@ -24,10 +23,6 @@ WORK = """
         sum(range(1000))
 """
 HOG = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(flush=True)\nwhile True: pass"
-
-
-def python(code: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
 
 
 def test_it_is_idle_until_it_would_starve():
